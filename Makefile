@@ -1,0 +1,60 @@
+# `make demo` and `make test` need nothing before them but Python >= 3.10 and make.
+# CPU only? PyPI's torch for Linux brings CUDA along; PIP_INSTALL_ARGS="--extra-index-url <PyTorch's CPU index>" avoids it.
+
+PYTHON ?= python3
+PIP_INSTALL_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.ready-bench
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_INSTALL_ARGS)
+
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test slow lint bench gpu clean
+
+help:
+	@echo "make demo   patch, adapt and measure the embedded model; writes demo/ (minutes)"
+	@echo "make test   the tests, without the slow ones and those for a GPU"
+	@echo "make slow   the slow tests        make gpu   the tests for a GPU"
+	@echo "make lint   ruff and mypy         make bench ratios against other attentions"
+	@echo "make venv   only create .venv     make clean remove .venv, demo/ and caches"
+
+venv: $(READY)
+
+# torch comes first and alone, so that the pinned build is in place before anything that merely depends on it.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hf_sparse needs Python >= 3.10, but $(PYTHON) is $$($(PYTHON) -V 2>&1 || true); run: make PYTHON=/path/to/python3.10 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "installing into $(VENV) (once; minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) torch
+	@$(PIP_INSTALL) -e ".[plot,test,dev]"
+	@touch $@
+
+$(BENCH_READY): $(READY)
+	@$(PIP_INSTALL) -e ".[bench]"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python recipes/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(BENCH_READY)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

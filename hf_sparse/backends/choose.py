@@ -1,0 +1,120 @@
+"""The choice of backend, and the one function everything above calls: `attend`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..plan.plan import Plan
+from ..plan.segments import Segments
+from .autograd import sequence_plans, torch_attention
+from .call import Call, CallRecord, record
+from .reference import reference_attention
+from .torch_pieces import operator
+
+BACKENDS = ("auto", "reference", "torch")
+
+
+def check_backend(name: str) -> str:
+    """Return the name of a backend; raise ValueError with the known ones otherwise."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}. Available: {', '.join(BACKENDS)}.")
+    return name
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    segments: Segments | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the attention of `query` over what the call's pattern and constraint allow.
+
+    Args:
+        query: [B, H, Q, D]; the queries are the last Q of the K slots.
+        key: [B, H_kv, K, D]; H is a multiple of H_kv.
+        value: [B, H_kv, K, Dv].
+        segments: the sequences of the batch; None is one sequence per row.
+    Returns:
+        [B, H, Q, Dv] in the common dtype of the inputs (autocast's where it is on), laid out so that
+        ``out.transpose(1, 2)`` is contiguous. Rows that may attend to nothing, padding included, are exactly 0.
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend, or dropout outside [0, 1).
+    """
+    _check(query, key, value, call)
+    check_backend(backend)
+    segments = Segments.whole(query.shape[0], key.shape[2]) if segments is None else segments
+    query, key, value = _one_dtype(query, key, value)
+    heads, q_len = query.shape[1:3]
+    plans = sequence_plans(call, segments, heads, q_len)
+    if backend == "reference":
+        out = reference_attention(query, key, value, call, segments)
+        name = "dense"
+    elif backend == "auto" and _is_dense(call, segments, plans, q_len, query.device.type):
+        out, name = _dense(query, key, value, call), "dense"
+    else:
+        out = torch_attention(query, key, value, call, segments, plans)
+        name = operator(call, query.device)
+    made = CallRecord(call.layer, "reference" if backend == "reference" else "torch", name)
+    for segment, plan in zip(segments.entries, plans, strict=True):
+        if plan is not None:
+            rows = segment.rows.stop - segment.rows.start
+            made.pieces += plan.n_pieces
+            made.pairs += round(plan.pairs * heads) * rows
+            made.dense_pairs += plan.dense_pairs * heads * rows
+    record(made)
+    return out
+
+
+def _is_dense(call: Call, segments: Segments, plans: list[Plan | None], q_len: int, device: str) -> bool:
+    """True when the plan holds every pair of plain attention, and PyTorch has an operator for it."""
+    plan = plans[0] if segments.is_whole else None
+    if plan is None or call.softcap is not None or (call.dropout and device == "cpu"):
+        return False
+    k_len = segments.k_len
+    if not call.constraint.causal or q_len == 1:
+        return plan.pairs == q_len * k_len
+    return q_len == k_len and plan.pairs == q_len * (q_len + 1) // 2
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
+    """The same attention by PyTorch's own dense operator, where nothing is sparse about the call."""
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=call.dropout,
+        is_causal=call.constraint.causal and query.shape[2] > 1,
+        scale=call.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        raise ValueError("attention takes query [B, H, Q, D], key [B, H_kv, K, D] and value [B, H_kv, K, Dv]")
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"shapes do not fit: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries for {key.shape[2]} keys: queries are the last of the keys"
+        )
+    if not 0.0 <= call.dropout < 1.0:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {call.dropout}")
+
+
+def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all three in one dtype: autocast's where it is on (rotary embeddings leave q and k in float32 there)."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    return query.to(dtype), key.to(dtype), value.to(dtype)

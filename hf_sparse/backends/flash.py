@@ -1,0 +1,57 @@
+"""PyTorch's fused CPU attention operator, which returns the log-sum-exp that pieces are merged with.
+
+Used for spans without a mask: all keys, or a causal triangle aligned at the top left.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return output [B, H, Q, Dv] and log-sum-exp [B, H, Q] (float32 for half types).
+
+    Args:
+        query: [B, H, Q, D]; key: [B, H_kv, S, D]; value: [B, H_kv, S, Dv], S >= 1 (no key kills the process).
+        causal: row t sees keys 0 .. t.
+    """
+    d_value = value.shape[-1]
+    query, key, value = _same_width(query, key, value)
+    out, lse = _forward(query, key, value, 0.0, causal, scale=scale)
+    return out[..., :d_value], lse
+
+
+def flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return this span's share of dq, dk, dv; exact when `out` and `lse` are those of all spans merged."""
+    d, d_value = query.shape[-1], value.shape[-1]
+    query, key, value = _same_width(query, key, value)
+    if grad.shape[-1] < value.shape[-1]:
+        grad, out = (pad(x, (0, value.shape[-1] - d_value)) for x in (grad, out))
+    dq, dk, dv = _backward(grad, query, key, value, out, lse, 0.0, causal, scale=scale)
+    return dq[..., :d], dk[..., :d], dv[..., :d_value]
+
+
+def _same_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad with zeros to one head size: the operator takes no other; zeros change neither scores nor the rest of v."""
+    width = max(query.shape[-1], value.shape[-1])
+    if query.shape[-1] == value.shape[-1]:
+        return query, key, value
+    query, key, value = (pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+    return query, key, value

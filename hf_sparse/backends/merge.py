@@ -1,0 +1,33 @@
+"""Partial results over disjoint keys joined by their log-sum-exp, exactly: o = sum of o_i * exp(lse_i - lse)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def emit(out: Tensor, lse: Tensor, o: Tensor, part: Tensor | None, merge: bool) -> None:
+    """Write a chunk's result, or merge it into what other pieces gave."""
+    if merge:
+        assert part is not None
+        o, part = merged(out, lse, o, part)
+    out.copy_(o)
+    if part is not None:
+        lse.copy_(part)
+
+
+def merged(out: Tensor, lse: Tensor, o: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp over both sets of keys; either may be empty (-inf)."""
+    top = torch.maximum(lse, part)
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    a, b = (lse - top).exp(), (part - top).exp()
+    total = a + b
+    share = (b / total.clamp_min(torch.finfo(total.dtype).tiny))[..., None]
+    return torch.lerp(out.to(share.dtype), o.to(share.dtype), share), top + total.log()
+
+
+def put(target: Tensor, share: Tensor, alone: bool) -> None:
+    if alone:
+        target.copy_(share)
+    else:
+        target.add_(share)

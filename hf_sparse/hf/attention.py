@@ -1,0 +1,191 @@
+"""The attention function that transformers calls in every layer of a patched model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.output_capturing import _active_collector
+
+from ..backends import Call, attend
+from ..backends.reference import reference_attention
+from ..plan import Constraint, Segments
+from .mask import SparseMask
+from .stored_settings import settings_for
+
+LONGEST_WEIGHTS = 2048  # keys up to which output_attentions=True is answered: the weights are quadratic
+POSITIONS = "packed_position_ids"  # how a model that keeps its position ids to itself hands them on
+# Keyword arguments that transformers hands through and that do not change what attention computes.
+_HARMLESS_TENSORS = {
+    POSITIONS,
+    "cache_position",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "encoder_attention_mask",
+    "encoder_hidden_states",
+    "image_sizes",
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+    "max_length_k",
+    "max_length_q",
+    "mm_token_type_ids",
+    "num_items_in_batch",
+    "position_ids",
+    "shift_labels",
+    "token_type_ids",
+}
+# What these carry is part of the scores or of the choice of keys, whatever its type.
+_REFUSED = {
+    "block_indices": "the model chooses its own keys",
+    "cache": "continuous batching pages the keys",
+    "head_mask": "weights are scaled per head",
+    "indices": "the model chooses its own keys",
+    "position_bias": "the model adds a position bias to the scores",
+    "s_aux": "the model has learned attention sinks",
+    "sinks": "the model has learned attention sinks",
+}
+
+
+def sparse_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    output_attentions: bool | None = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend under the pattern of the model that `module` belongs to.
+
+    Args:
+        query: [B, H, Q, D], rotated; the queries are the last of the keys.
+        key, value: [B, H_kv, K, D] and [B, H_kv, K, Dv], the cache included.
+        attention_mask: the `SparseMask` of this forward pass, or None where the model makes no mask.
+    Returns:
+        [B, Q, H, Dv], contiguous, and the weights [B, H, Q, K] where `output_attentions` asks for them.
+    Raises:
+        ValueError: an argument that changes the result and that a pattern cannot honour.
+    """
+    _refuse(module, kwargs)
+    if (probe := getattr(_observer, "keywords", None)) is not None:
+        probe.append({name for name, value in kwargs.items() if value is not None})
+    mask = _sparse_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
+    if mask.q_len != query.shape[2] or mask.shape[-1] != key.shape[2]:
+        raise ValueError(
+            f"{type(module).__name__} attends from {query.shape[2]} queries to {key.shape[2]} keys but its mask was "
+            f"made for {mask.q_len} and {mask.shape[-1]}; this cache or adapter cannot run under a sparse pattern"
+        )
+    key, value = (
+        key[:, :, : mask.k_len],
+        value[:, :, : mask.k_len],
+    )  # a static cache holds slots not yet filled
+    positions = kwargs.get("position_ids") if kwargs.get(POSITIONS) is None else kwargs[POSITIONS]
+    segments = mask.sequences(positions, kwargs.get("cu_seq_lens_q"))
+    layer = getattr(module, "layer_idx", None)
+    if layer is None and mask.settings.layers is not None:
+        raise ValueError(
+            f"{type(module).__name__} does not know which layer it is, so layers={list(mask.settings.layers)} cannot be "
+            f"told apart; patch every layer"
+        )
+    call = Call(
+        pattern=mask.settings.pattern_at(layer),
+        constraint=mask.constraint,
+        scale=scaling,
+        softcap=softcap,
+        dropout=dropout if module.training else 0.0,
+        layer=layer or 0,
+    )
+    out = attend(query, key, value, call, segments, mask.settings.backend)
+    weights = _weights(query, key, call, segments, mask.shape[-1]) if _wanted(output_attentions) else None
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _refuse(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if value is None:
+            continue
+        if name in _REFUSED:
+            raise ValueError(
+                f"{type(module).__name__} passes {name!r} to attention ({_REFUSED[name]}), which sparse patterns "
+                f"cannot honour; use the dense attention for this model"
+            )
+        if isinstance(value, Tensor) and name not in _HARMLESS_TENSORS:
+            raise ValueError(
+                f"{type(module).__name__} passes the tensor {name!r} to attention and sparse patterns do not know what "
+                f"it means; leave it out or use the dense attention"
+            )
+
+
+def _sparse_mask(
+    module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, is_causal: bool | None, window: int | None
+) -> SparseMask:
+    if isinstance(mask, SparseMask):
+        return mask
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    # The id of the running backward pass; -1 outside of one. Towers that never have a mask are not causal.
+    if torch._C._current_graph_task_id() != -1 and (causal or mask is not None):
+        raise ValueError(
+            "gradient checkpointing recomputes this layer under another attention than its forward pass ran; call "
+            "backward() before patching, unpatching or leaving patched()"
+        )
+    if mask is not None:
+        what = f"a 4-D {mask.dtype} tensor" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"attention_mask reached {type(module).__name__} as {what}, which says pair by pair what a sparse "
+            f"pattern says by rule; pass a 2-D padding mask [batch, tokens], or position_ids that "
+            f"restart for packed samples"
+        )
+    q_len, k_len = query.shape[2], key.shape[2]
+    return SparseMask(
+        settings_for(module.config),
+        Constraint(causal=bool(causal), window=window),
+        Segments.whole(query.shape[0], k_len),
+        q_len,
+        k_len,
+        query.device,
+        may_be_packed=q_len == k_len,
+    )
+
+
+def _wanted(output_attentions: bool | None) -> bool:
+    """True where the caller of the model asked for the weights; GPT-2 and OPT do not tell their layers."""
+    return bool(output_attentions) or "attentions" in (_active_collector.get() or ())
+
+
+def _weights(query: Tensor, key: Tensor, call: Call, segments: Segments, buffer: int) -> Tensor:
+    """Return the attention weights [B, H, Q, K] without dropout, 0 for key slots not yet filled."""
+    k_len = key.shape[2]
+    if k_len > LONGEST_WEIGHTS:
+        raise ValueError(
+            f"output_attentions=True needs the {query.shape[2]} x {k_len} weights that sparse attention avoids; it is "
+            f"answered up to {LONGEST_WEIGHTS} keys, use shorter inputs or attn_implementation='eager'"
+        )
+    one_hot = torch.eye(k_len, dtype=query.dtype, device=query.device).expand(
+        key.shape[0], key.shape[1], -1, -1
+    )
+    weights = reference_attention(query, key, one_hot, replace(call, dropout=0.0), segments)
+    return torch.nn.functional.pad(weights, (0, buffer - k_len))
+
+
+_observer = threading.local()
+
+
+@contextmanager
+def observed_keywords() -> Iterator[list[set[str]]]:
+    """Collect the names of the keyword arguments of every attention call this thread makes inside the block."""
+    seen: list[set[str]] = []
+    _observer.keywords = seen
+    try:
+        yield seen
+    finally:
+        del _observer.keywords

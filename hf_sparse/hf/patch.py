@@ -1,0 +1,210 @@
+"""Putting a pattern into a loaded model, and taking it out again."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..backends import check_backend
+from ..patterns import Pattern, get_pattern
+from .routing import (
+    add_position_hook,
+    position_hooks,
+    refuse_unroutable,
+    remove_position_hooks,
+    text_config_key,
+    verify_routing,
+)
+from .stored_settings import PREFIX, SparseSettings, attention_name, settings_for, settings_to_json
+
+M = TypeVar("M", bound=nn.Module)
+_RESTORE = "_hf_sparse_replaced"  # attribute of a patched model: the attention implementation it had before
+
+
+def patch_model(
+    model: M,
+    pattern: str | Pattern,
+    *,
+    backend: str = "auto",
+    layers: Iterable[int] | None = None,
+    seq_len: int | None = None,
+    **options: Any,
+) -> M:
+    """Make every attention layer of `model` run under `pattern`, and return the model.
+
+    Patching again replaces the pattern. The settings are kept in ``model.config.sparse_attention`` and saved with the
+    model; `hf_sparse.load` restores them.
+
+    Args:
+        pattern: a registered name, which takes `options`, or a pattern object or union such as
+            ``SlidingWindow(512) | Strided(64)``.
+        backend: "auto" chooses; a name obeys or raises at the first forward.
+        layers: indices of the layers to patch, None for all; the others keep dense attention.
+        seq_len: tokens per sequence for which options that adapt to length are resolved, once and for all.
+    Raises:
+        ValueError: unknown pattern, option, backend or layer, or a model that patterns cannot be put into; the model is
+            left as it was.
+    """
+    base = unwrap(model)
+    chosen = get_pattern(pattern, **options)
+    if seq_len is not None:
+        if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
+            raise ValueError(f"seq_len must be a whole number of tokens >= 1, got {seq_len!r}")
+        chosen = chosen.resolve(seq_len) if hasattr(chosen, "resolve") else chosen
+    name = attention_name(chosen)
+    check_backend(backend)
+    refuse_unroutable(base)
+    settings = SparseSettings(chosen, _check_layers(layers, base), backend)
+    before = _state(base)
+    try:
+        if not hasattr(base, _RESTORE):
+            _own_config(model)
+            current = base.config.get_text_config()._attn_implementation
+            setattr(base, _RESTORE, None if current.startswith(PREFIX) else current)
+        _switch(base, name)
+        base.config.get_text_config().sparse_attention = settings_to_json(settings)
+        remove_position_hooks(base)
+        if base.device.type != "meta":  # without weights there is nothing to try
+            add_position_hook(base, verify_routing(base, settings.layers))
+    except BaseException:
+        _restore(base, before)
+        _replace_configs(model, _pairs(base.config, before["config"]))
+        raise
+    return model
+
+
+def unpatch_model(model: M) -> M:
+    """Give `model` back the attention it had before `patch_model`, and return it; an unpatched model is left alone.
+
+    A model that was loaded with ``attn_implementation="sparse_..."`` gets the default of its class.
+    """
+    base = unwrap(model)
+    if not is_switched(base) and not hasattr(base, _RESTORE):
+        return model
+    config = base.config.get_text_config()
+    if is_switched(base):  # otherwise someone has chosen another attention since
+        _switch(base, getattr(base, _RESTORE, None) or base.get_correct_attn_implementation(None))
+    remove_position_hooks(base)
+    if hasattr(base, _RESTORE):
+        delattr(base, _RESTORE)
+    if hasattr(config, "sparse_attention"):
+        del config.sparse_attention
+    return model
+
+
+@contextlib.contextmanager
+def patched(model: M, pattern: str | Pattern, **settings: Any) -> Iterator[M]:
+    """Patch as `patch_model` does, inside the block; then restore what was there, an earlier patch included.
+
+    With gradient checkpointing, call ``backward()`` inside the block.
+    """
+    base = unwrap(model)
+    refuse_unroutable(base)
+    before = _state(base)
+    patch_model(model, pattern, **settings)
+    try:
+        yield model
+    finally:
+        _restore(base, before)
+
+
+def settings(model: nn.Module) -> SparseSettings | None:
+    """Return what `model` runs now; None where it is not patched."""
+    base = unwrap(model)
+    return settings_for(base.config.get_text_config()) if is_switched(base) else None
+
+
+def is_switched(model: Any) -> bool:
+    """True where the model's attention runs through a pattern, however it was set."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return False
+    return str(config.get_text_config()._attn_implementation).startswith(PREFIX)
+
+
+def unwrap(model: Any) -> Any:
+    """Return the transformers model inside a PeftModel; anything else as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_layers(layers: Iterable[int] | None, model: PreTrainedModel) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    count = model.config.get_text_config().num_hidden_layers
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+        raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
+    indices = list(layers)
+    if not indices:
+        raise ValueError("layers is empty: no layer would run the pattern; leave it out to patch every layer")
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+            raise ValueError(
+                f"layers must hold indices from 0 to {count - 1} of {type(model).__name__}, got {index!r}"
+            )
+    return tuple(sorted(set(indices)))
+
+
+def _switch(model: PreTrainedModel, name: str) -> None:
+    """Set the attention implementation of the text model; towers of a composite keep theirs."""
+    key = text_config_key(model)
+    model.set_attn_implementation(name if key is None else {key: name})
+    if (
+        now := model.config.get_text_config()._attn_implementation
+    ) != name:  # transformers only logs a warning
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched: it keeps its attention implementation {now!r}"
+        )
+
+
+def _own_config(model: nn.Module) -> None:
+    """Give the model a config of its own: several models may have been built on one object."""
+    config = unwrap(model).config
+    _replace_configs(model, _pairs(config, copy.deepcopy(config)))
+
+
+def _pairs(old: Any, new: Any) -> dict[int, Any]:
+    return {id(a): b for a, b in zip(_configs(old), _configs(new), strict=True)}
+
+
+def _configs(config: Any) -> list[Any]:
+    nested = [getattr(config, key, None) for key in config.sub_configs]
+    return [config, *(c for sub in nested if sub is not None for c in _configs(sub))]
+
+
+def _replace_configs(model: nn.Module, replacements: dict[int, Any]) -> None:
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if id(value) in replacements:
+                setattr(module, name, replacements[id(value)])
+
+
+def _state(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config.get_text_config()
+    return {
+        "config": model.config,
+        "implementation": config._attn_implementation,
+        "saved": getattr(config, "sparse_attention", None),
+        "marker": {_RESTORE: vars(model)[_RESTORE]} if _RESTORE in vars(model) else {},
+        "hooks": position_hooks(model),
+    }
+
+
+def _restore(model: PreTrainedModel, state: dict[str, Any]) -> None:
+    if model.config.get_text_config()._attn_implementation != state["implementation"]:
+        _switch(model, state["implementation"])
+    config = model.config.get_text_config()
+    if state["saved"] is not None:
+        config.sparse_attention = state["saved"]
+    elif hasattr(config, "sparse_attention"):
+        del config.sparse_attention
+    if _RESTORE in vars(model):
+        delattr(model, _RESTORE)
+    vars(model).update(state["marker"])
+    remove_position_hooks(model)
+    for module, hook in state["hooks"]:
+        module.register_forward_pre_hook(hook, with_kwargs=True)

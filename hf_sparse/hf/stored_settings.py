@@ -1,0 +1,159 @@
+"""The settings of a patched model: what is stored as plain JSON under ``config.sparse_attention``."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..backends import check_backend
+from ..patterns import Pattern, Union, get_pattern
+
+VERSION = 1
+PREFIX = "sparse_"
+CUSTOM = "sparse_custom"
+_FULL = get_pattern("full")
+
+
+@dataclass(frozen=True)
+class SparseSettings:
+    """Which pattern runs where, and on what.
+
+    layers: indices of the layers that run the pattern, ascending; None is all. The others run dense attention.
+    backend: a name of `hf_sparse.backends.BACKENDS`.
+    """
+
+    pattern: Pattern
+    layers: tuple[int, ...] | None = None
+    backend: str = "auto"
+
+    def pattern_at(self, layer: int | None) -> Pattern:
+        return self.pattern if self.layers is None or layer in self.layers else _FULL
+
+
+def attention_name(pattern: Pattern) -> str:
+    """Return the attention implementation of a pattern: ``sparse_<name>``, or ``sparse_custom`` for a union."""
+    for member in pattern.members if isinstance(pattern, Union) else (pattern,):
+        if not member.name:
+            raise ValueError(
+                f"pattern {member} has no name to be saved under; decorate {type(member).__name__} with "
+                f"@hf_sparse.register_pattern('a_name')"
+            )
+    return CUSTOM if isinstance(pattern, Union) else PREFIX + pattern.name
+
+
+def settings_to_json(settings: SparseSettings) -> dict[str, Any]:
+    """Return the settings as plain JSON values that `settings_from_json` reads back."""
+    pattern = settings.pattern
+    attention_name(pattern)
+    written = (
+        {"union": [_pattern_to_json(m) for m in pattern.members]} if isinstance(pattern, Union) else None
+    )
+    return {
+        "version": VERSION,
+        "pattern": written or _pattern_to_json(pattern),
+        "layers": None if settings.layers is None else list(settings.layers),
+        "backend": settings.backend,
+    }
+
+
+def _pattern_to_json(pattern: Pattern) -> dict[str, Any]:
+    return {"name": pattern.name, "options": pattern.options()}
+
+
+def settings_from_json(saved: Any) -> SparseSettings:
+    """Return the settings that were saved.
+
+    Raises:
+        ValueError: not what `settings_to_json` writes, a version or pattern this installation does not know, or
+            options the pattern refuses.
+    """
+    try:
+        text = json.dumps(saved, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(
+            f"the saved sparse_attention is not plain JSON ({error}); patch the model again"
+        ) from None
+    return _parse(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(text: str) -> SparseSettings:
+    saved = json.loads(text)
+    if not isinstance(saved, dict) or not {"version", "pattern"} <= saved.keys():
+        raise ValueError(
+            f"the saved sparse_attention must hold 'version' and 'pattern', got {text[:80]}; patch again"
+        )
+    if saved["version"] != VERSION:
+        raise ValueError(
+            f"the saved sparse_attention has version {saved['version']!r}, this hf_sparse reads version {VERSION}; "
+            f"update hf_sparse"
+        )
+    if unknown := saved.keys() - {"version", "pattern", "layers", "backend"}:
+        raise ValueError(f"the saved sparse_attention has unknown keys {sorted(unknown)}; update hf_sparse")
+    layers, backend = saved.get("layers"), saved.get("backend", "auto")
+    if layers is not None and not (
+        isinstance(layers, list) and layers and all(type(i) is int and i >= 0 for i in layers)
+    ):
+        raise ValueError(
+            f"the saved sparse_attention must list layer indices, got layers={layers!r}; patch again"
+        )
+    return SparseSettings(
+        _pattern_from_json(saved["pattern"]),
+        None if layers is None else tuple(layers),
+        check_backend(backend),
+    )
+
+
+def _pattern_from_json(saved: Any) -> Pattern:
+    if (
+        isinstance(saved, dict)
+        and saved.keys() == {"union"}
+        and isinstance(saved["union"], list)
+        and saved["union"]
+    ):
+        return Union.of(*(_pattern_from_json(member) for member in saved["union"]))
+    if not isinstance(saved, dict) or "name" not in saved or not saved.keys() <= {"name", "options"}:
+        raise ValueError(
+            f"a saved pattern must be {{name, options}} or {{union}}, got {saved!r}; patch the model again"
+        )
+    options = saved.get("options") or {}
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"the options of the saved pattern {saved['name']!r} must be a dict, got {options!r}"
+        )
+    return get_pattern(saved["name"], **{name: _frozen(value) for name, value in options.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def settings_for(config: Any) -> SparseSettings:
+    """Return what a config whose attention implementation is a ``sparse_`` name asks for.
+
+    Raises:
+        ValueError: the config was saved with another pattern than the implementation names, needs saved options and
+            has none, or has cross-attention.
+    """
+    implementation = config._attn_implementation
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot run a {config.model_type} model with cross-attention, which "
+            f"sparse patterns do not cover; load it without attn_implementation"
+        )
+    saved = getattr(config, "sparse_attention", None)
+    if saved is not None:
+        settings = settings_from_json(saved)
+        if (expected := attention_name(settings.pattern)) != implementation:
+            raise ValueError(
+                f"attn_implementation={implementation!r} but the model was saved with {expected!r} "
+                f"({settings.pattern}); load it with that name, or use hf_sparse.patch_model to change the pattern"
+            )
+        return settings
+    if implementation == CUSTOM:
+        raise ValueError(
+            f"attn_implementation={CUSTOM!r} has no saved pattern here; use hf_sparse.patch_model"
+        )
+    return SparseSettings(get_pattern(implementation.removeprefix(PREFIX)))

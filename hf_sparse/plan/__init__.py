@@ -1,0 +1,8 @@
+"""The plan: which lists of keys each query reads, exactly and without an n x n mask."""
+
+from .constraint import Constraint
+from .cost import Cost, cost
+from .plan import Plan, make_plan
+from .segments import Segment, Segments
+
+__all__ = ["Constraint", "Cost", "Plan", "Segment", "Segments", "cost", "make_plan"]

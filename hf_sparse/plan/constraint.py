@@ -1,0 +1,57 @@
+"""What the model itself imposes on a call, whatever the pattern: causality, its own window, its own chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..patterns.base import Context, Pattern
+from ..patterns.parts import Bound
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The host's own mask, ANDed with every pattern.
+
+    causal: keys after the query are not allowed.
+    window: the model's sliding window in keys, the query itself included (bidirectional: window - 1 to each side).
+    chunk: the model's chunked attention: only keys of the query's own block of this many tokens.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+
+    def allowed(self, pattern: Pattern, layer: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Return what the pattern and this constraint allow together; every token sees itself.
+
+        Args:
+            head, query, key: indices and positions, int64, broadcastable with one another.
+        """
+        return (pattern.allows(Context(self.causal, layer), head, query, key) | (query == key)) & self.admits(
+            query, key
+        )
+
+    def admits(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return what this constraint alone allows, for positions that broadcast with each other."""
+        allowed = key <= query if self.causal else torch.ones_like(key == query)
+        if self.window is not None:
+            allowed = allowed & ((query - key).abs() < self.window)
+        if self.chunk is not None:
+            allowed = allowed & (query // self.chunk == key // self.chunk)
+        return allowed
+
+    def bounds(self) -> tuple[list[Bound], list[Bound]]:
+        """Return the same as bounds: keys lie at or after every start and before every stop."""
+        starts, stops = [], []
+        if self.causal:
+            stops.append(Bound(1))
+        if self.window is not None:
+            starts.append(Bound(1 - self.window))
+            stops.append(Bound(self.window))
+        if self.chunk is not None:
+            starts.append(Bound(mul=self.chunk, div=self.chunk))
+            stops.append(Bound(self.chunk, mul=self.chunk, div=self.chunk))
+        return starts, stops

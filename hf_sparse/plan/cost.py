@@ -1,0 +1,63 @@
+"""What a pattern costs, read off its plan: pairs, density, floating-point operations, bytes of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..patterns.base import Pattern
+from .constraint import Constraint
+from .plan import make_plan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one attention layer on one sequence.
+
+    pairs, dense_pairs: (query, key) pairs per head of the pattern, and of dense attention under the same constraint.
+    flops: floating-point operations of the two products of the forward pass, all heads (4 * head_dim per pair).
+    kv_bytes_per_step: bytes of keys and values read to decode one token after n tokens.
+    """
+
+    pairs: float
+    dense_pairs: int
+    flops: float
+    kv_bytes_per_step: float
+
+    @property
+    def density(self) -> float:
+        """Pairs as a share of dense attention's."""
+        return self.pairs / self.dense_pairs
+
+    @property
+    def limit(self) -> float:
+        """The speed-up over dense attention if every pair costs the same."""
+        return self.dense_pairs / self.pairs
+
+
+def cost(
+    pattern: Pattern,
+    n: int,
+    *,
+    constraint: Constraint = Constraint(),
+    heads: int = 1,
+    kv_heads: int | None = None,
+    head_dim: int = 64,
+    dtype_bytes: int = 4,
+    layer: int = 0,
+) -> Cost:
+    """Return the cost of `pattern` on a sequence of `n` tokens.
+
+    Raises:
+        ValueError: n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"the cost of a pattern needs a length of at least 1 token, got {n}")
+    kv_heads = heads if kv_heads is None else kv_heads
+    plan = make_plan(pattern, constraint, n, n, heads=heads, layer=layer)
+    step = make_plan(pattern, constraint, 1, n, heads=heads, layer=layer)
+    return Cost(
+        pairs=plan.pairs,
+        dense_pairs=plan.dense_pairs,
+        flops=4.0 * head_dim * heads * plan.pairs,
+        kv_bytes_per_step=2.0 * head_dim * kv_heads * dtype_bytes * step.pairs,
+    )

@@ -1,0 +1,163 @@
+"""From the parts of a pattern to disjoint intervals: what two parts have in common is kept in one of them only.
+
+A part minus an earlier one is again one or two intervals wherever its keys all lie on the earlier part's list. What is
+left over otherwise (two coprime strides, say) is given back to be planned as tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..patterns.parts import Bound, Every, Keys, Listed, Part, Periodic, Residue
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Query q sees ``{k in keys : max(starts)(q) <= k < min(stops)(q)}``; no bound where a tuple is empty.
+
+    queries: the only positions it speaks of, None for all but `skip`.
+    skip: positions it says nothing of.
+    """
+
+    keys: Keys
+    starts: tuple[Bound, ...] = ()
+    stops: tuple[Bound, ...] = ()
+    queries: tuple[int, ...] | None = None
+    skip: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """The pairs of `interval` that none of `earlier` holds."""
+
+    interval: Interval
+    earlier: tuple[Interval, ...] = ()
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        allowed = inside(self.interval, query, key)
+        for other in self.earlier:
+            allowed = allowed & ~inside(other, query, key)
+        return allowed
+
+
+def disjoint(parts: Sequence[Part]) -> tuple[list[Interval], list[Leftover]]:
+    """Return intervals and leftovers that together hold every pair of `parts` exactly once."""
+    skip, intervals = _listed_queries(parts)
+    leftovers: list[Leftover] = []
+    earlier: list[Part] = []
+    for part in sorted((p for p in parts if p.queries is None), key=_order):
+        whole = Interval(part.keys, _bounds(part.start), _bounds(part.stop), skip=skip)
+        remains: list[Interval] | None = [whole]
+        for other in earlier:
+            if remains is not None:
+                remains = _minus(remains, other)
+        if remains is None:
+            held = tuple(Interval(p.keys, _bounds(p.start), _bounds(p.stop)) for p in earlier)
+            leftovers.append(Leftover(whole, held))
+        else:
+            intervals += remains
+        earlier.append(part)
+    return intervals, leftovers
+
+
+def inside(interval: Interval, query: Tensor, key: Tensor) -> Tensor:
+    """Tell which pairs of positions (int64, broadcastable) `interval` holds."""
+    keys = interval.keys
+    held = torch.ones_like(query == key)
+    if isinstance(keys, Residue):
+        held = (query - key) % keys.stride == 0
+    elif isinstance(keys, Periodic):
+        held = held & (key % keys.period == 0)
+    elif isinstance(keys, Listed):
+        held = held & torch.isin(key, torch.tensor(keys.positions, dtype=torch.long, device=key.device))
+    for bound in interval.starts:
+        held = held & (key >= _at(bound, query))
+    for bound in interval.stops:
+        held = held & (key < _at(bound, query))
+    if interval.queries is not None:
+        held = held & torch.isin(query, torch.tensor(interval.queries, dtype=torch.long, device=query.device))
+    if interval.skip:
+        held = held & ~torch.isin(query, torch.tensor(interval.skip, dtype=torch.long, device=query.device))
+    return held
+
+
+def _at(bound: Bound, query: Tensor) -> Tensor:
+    quotient = torch.div(query + bound.add, bound.div, rounding_mode="floor")
+    return bound.mul * quotient + bound.const
+
+
+def _bounds(bound: Bound | None) -> tuple[Bound, ...]:
+    return () if bound is None else (bound,)
+
+
+def _order(part: Part) -> tuple[int, int]:
+    """Denser lists first, so that a later one lies on an earlier one as often as possible."""
+    keys = part.keys
+    if isinstance(keys, Every):
+        return 0, 0
+    if isinstance(keys, Residue):
+        return 1, keys.stride
+    if isinstance(keys, Periodic):
+        return 2, keys.period
+    return 3, 0
+
+
+def _listed_queries(parts: Sequence[Part]) -> tuple[tuple[int, ...], list[Interval]]:
+    """Return the positions some part speaks of alone, and the interval that gives them everything."""
+    listed: set[int] = set()
+    for part in parts:
+        if part.queries is not None:
+            if part != Part(Every(), queries=part.queries):
+                raise ValueError(f"a part for listed queries must hold every key, got {part}")
+            listed |= set(part.queries)
+    queries = tuple(sorted(listed))
+    return queries, [Interval(Every(), queries=queries)] if queries else []
+
+
+def _minus(intervals: list[Interval], other: Part) -> list[Interval] | None:
+    """Return `intervals` without the pairs of `other`, or None where that is no set of intervals."""
+    remains: list[Interval] = []
+    for interval in intervals:
+        keys = interval.keys
+        if isinstance(keys, Listed) and isinstance(other.keys, (Listed, Periodic)):
+            apart = tuple(p for p in keys.positions if not _holds(other.keys, p))
+            common = tuple(p for p in keys.positions if _holds(other.keys, p))
+            if apart:
+                remains.append(replace(interval, keys=Listed(apart)))
+            if common:
+                remains += _outside(replace(interval, keys=Listed(common)), other)
+        elif _contains(other.keys, keys):
+            remains += _outside(interval, other)
+        else:
+            return None
+    return remains
+
+
+def _outside(interval: Interval, other: Part) -> list[Interval]:
+    """Return what lies before and after `other`, whose list of keys holds all of the interval's."""
+    sides = []
+    if other.start is not None:
+        sides.append(replace(interval, stops=(*interval.stops, other.start)))
+    if other.stop is not None:
+        # Where `other` is empty its start lies after its stop: the right side must then begin where the left one ends.
+        after = (other.stop, *_bounds(other.start))
+        sides.append(replace(interval, starts=(*interval.starts, *after)))
+    return sides
+
+
+def _holds(keys: Listed | Periodic, position: int) -> bool:
+    return position in keys.positions if isinstance(keys, Listed) else position % keys.period == 0
+
+
+def _contains(outer: Keys, inner: Keys) -> bool:
+    if isinstance(outer, Every) or outer == inner:
+        return True
+    if isinstance(outer, Residue) and isinstance(inner, Residue):
+        return inner.stride % outer.stride == 0
+    if isinstance(outer, Periodic) and isinstance(inner, Periodic):
+        return inner.period % outer.period == 0
+    return False

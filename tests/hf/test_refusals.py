@@ -1,0 +1,154 @@
+"""What cannot be patched says so in one sentence and stays as it was."""
+
+import pytest
+import torch
+import transformers
+from tiny_models import logits, tiny, tokens
+
+import hf_sparse
+
+# class, options: architectures whose attention does not go through transformers' interface, or not honestly
+_SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+_SMALL |= {"max_position_embeddings": 64}
+UNROUTED = {
+    "BloomForCausalLM": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "FalconForCausalLM": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "GPTJForCausalLM": {
+        "vocab_size": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "rotary_dim": 4,
+        "n_positions": 64,
+    },
+    "GPTNeoForCausalLM": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "MptForCausalLM": {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4},
+    "LongformerForMaskedLM": {**_SMALL, "attention_window": [4, 4]},
+    "DebertaV2ForMaskedLM": _SMALL,
+    "MPNetForMaskedLM": _SMALL,
+    "LayoutLMForMaskedLM": _SMALL,
+    "MambaForCausalLM": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "T5ForConditionalGeneration": {
+        "vocab_size": 64,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+    },
+    "BartForConditionalGeneration": {
+        "vocab_size": 64,
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+    },
+    "DogeForCausalLM": {**_SMALL, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", UNROUTED)
+def test_an_unrouted_architecture_is_refused_by_name_and_left_alone(name):
+    model_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**UNROUTED[name])).train()
+    config, held = model.config.to_dict(), model.config
+    implementation = model.config._attn_implementation
+    random, weights = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"{name} cannot be patched: it"):
+        hf_sparse.patch_model(model, "sliding_window", window=4)
+    assert model.config is held and model.config.to_dict() == config
+    assert model.config._attn_implementation == implementation
+    assert model.training and torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_with_cross_attention_is_refused():
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be patched: it has cross-attention"):
+        hf_sparse.patch_model(transformers.GPT2LMHeadModel(config), "sliding_window")
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), "gpt2", None], ids=["module", "name", "none"])
+def test_something_that_is_no_transformers_model_is_refused(model):
+    with pytest.raises(ValueError, match="needs a transformers model, got"):
+        hf_sparse.patch_model(model, "sliding_window")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pattern": "slidingwindow"}, "unknown pattern 'slidingwindow'. Did you mean 'sliding_window'"),
+        ({"pattern": "sliding_window", "window": 0}, "window must be >= 1"),
+        ({"pattern": "sliding_window", "windows": 4}, "windows"),
+        ({"pattern": "streaming_llm", "sinks": -1}, "sinks"),
+        ({"pattern": "strided", "stride": 0}, "stride must be >= 1"),
+        ({"pattern": hf_sparse.SlidingWindow(4), "window": 4}, "options window go with a pattern name"),
+        ({"pattern": 7}, "pattern must be a name or a Pattern object"),
+        ({"pattern": "full", "backend": "cuda"}, "unknown backend 'cuda'"),
+        (
+            {"pattern": "full", "layers": [2]},
+            "layers must hold indices from 0 to 1 of LlamaForCausalLM, got 2",
+        ),
+        ({"pattern": "full", "layers": [-1]}, "got -1"),
+        ({"pattern": "full", "layers": [True]}, "got True"),
+        ({"pattern": "full", "layers": "01"}, "layers must be a list"),
+        ({"pattern": "full", "layers": 1}, "layers must be a list"),
+        ({"pattern": "full", "layers": []}, "layers is empty"),
+        ({"pattern": "full", "seq_len": 0}, "seq_len must be a whole number of tokens >= 1, got 0"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_wrong_argument_is_refused_before_anything_changes(arguments, message):
+    model = tiny("llama")
+    config = model.config
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        hf_sparse.patch_model(model, **arguments)
+    assert model.config is config and config._attn_implementation == "sdpa"
+    assert not hasattr(config, "sparse_attention")
+
+
+def test_a_failed_second_patch_keeps_the_first():
+    model = hf_sparse.patch_model(tiny("llama"), "sliding_window", window=4)
+    ids = tokens(1, 12)
+    before, saved = logits(model, ids), dict(model.config.sparse_attention)
+    with pytest.raises(ValueError, match="unknown pattern"):
+        hf_sparse.patch_model(model, "nothing")
+    model.model.layers[1].self_attn.forward = lambda *args, **kwargs: (
+        args[0] if args else kwargs["hidden_states"],
+        None,
+    )
+    with pytest.raises(ValueError, match="only 1 of its 2 attention layers"):
+        hf_sparse.patch_model(model, "strided", stride=3)
+    del model.model.layers[1].self_attn.forward
+    assert model.config.sparse_attention == saved
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_an_unregistered_pattern_is_refused():
+    class Mine(hf_sparse.SlidingWindow):
+        name = ""
+
+    with pytest.raises(ValueError, match=r"Mine with @hf_sparse\.register_pattern"):
+        hf_sparse.patch_model(tiny("llama"), Mine(4))
