@@ -24,7 +24,7 @@ venv: $(READY)
 
 # torch comes first and alone, so that the pinned build is in place before anything that merely depends on it.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hf_sparse needs Python >= 3.10, but $(PYTHON) is $$($(PYTHON) -V 2>&1 || true); run: make PYTHON=/path/to/python3.10 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "hf_sparse needs Python >= 3.10, but $(PYTHON) is $$($(PYTHON) -V 2>/dev/null || echo missing); run: make PYTHON=/path/to/python3.10 $(MAKECMDGOALS)" >&2; exit 2; }
 	@echo "installing into $(VENV) (once; minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) torch

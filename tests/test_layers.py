@@ -26,7 +26,6 @@ BELOW = {
 }
 MEET_TRANSFORMERS = {"hf", "evaluate", "calibrate", "train", "cli"}
 JOIN_BACKENDS = {"__init__", "choose"}  # files of backends/ that may know several backends
-ONE_FILE_BACKENDS = {"reference", "flex"}
 
 
 def modules_imported(path: Path) -> Iterator[str]:
@@ -74,23 +73,19 @@ def test_imports_follow_the_arrows(path):
         assert not host, f"{file_id(path)} imports {sorted(host)}; only {sorted(MEET_TRANSFORMERS)} may"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "backends").glob("*.py")), ids=file_id)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "backends").rglob("*.py")), ids=file_id)
 def test_backends_do_not_import_each_other(path):
-    if path.stem in JOIN_BACKENDS:
+    own = (
+        path.relative_to(PACKAGE / "backends").parts[0].removesuffix(".py")
+    )  # a backend is a file or a folder
+    if own in JOIN_BACKENDS:
         return
     imported = {
         m.split(".")[2] for m in modules_imported(path) if layer_of(m) == "backends" and m.count(".") > 1
     }
-    files = {p.stem for p in path.parent.glob("*.py")} - {"call"}  # what every backend is asked and reports
-    foreign = {name for name in imported & files if backend_of(name) != backend_of(path.stem)}
-    assert not foreign, (
-        f"{file_id(path)} imports {sorted(foreign)} of another backend; only choose.py joins them"
-    )
-
-
-def backend_of(stem: str) -> str:
-    """The backend a file of backends/ belongs to: its own name for those of one file, else the torch backend."""
-    return stem if stem in {*ONE_FILE_BACKENDS, *JOIN_BACKENDS} else "torch"
+    every = {entry.name.removesuffix(".py") for entry in (PACKAGE / "backends").iterdir()}
+    foreign = (imported & every) - {own, "call"}  # call: what every backend is asked and reports
+    assert not foreign, f"{file_id(path)} imports {sorted(foreign)}; only choose.py joins backends"
 
 
 def test_no_drawer_files_and_no_long_ones():

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..plan.plan import Plan
+from ..plan.plan import Plan, make_plan
 from ..plan.segments import Segments
-from .autograd import sequence_plans, torch_attention
 from .call import Call, CallRecord, record
+from .pieces import operator, torch_attention
 from .reference import reference_attention
-from .torch_pieces import operator
 
 BACKENDS = ("auto", "reference", "torch")
 
@@ -44,12 +43,12 @@ def attend(
     Raises:
         ValueError: shapes that do not fit, an unknown backend, or dropout outside [0, 1).
     """
-    _check(query, key, value, call)
     check_backend(backend)
     segments = Segments.whole(query.shape[0], key.shape[2]) if segments is None else segments
+    _check(query, key, value, call, segments)
     query, key, value = _one_dtype(query, key, value)
     heads, q_len = query.shape[1:3]
-    plans = sequence_plans(call, segments, heads, q_len)
+    plans = _sequence_plans(call, segments, heads, q_len)
     if backend == "reference":
         out = reference_attention(query, key, value, call, segments)
         name = "dense"
@@ -67,6 +66,27 @@ def attend(
             made.dense_pairs += plan.dense_pairs * heads * rows
     record(made)
     return out
+
+
+def _sequence_plans(call: Call, segments: Segments, heads: int, q_len: int) -> list[Plan | None]:
+    """Return the plan of each sequence; None for one without queries in this call."""
+    plans: list[Plan | None] = []
+    for segment in segments.entries:
+        queries = segment.queries(q_len, segments.k_len)
+        length = queries.stop - queries.start if isinstance(queries, slice) else len(queries)
+        plan = None
+        if length > 0:
+            plan = make_plan(
+                call.pattern,
+                call.constraint,
+                length,
+                segment.length,
+                heads=heads,
+                layer=call.layer,
+                first=segment.first,
+            )
+        plans.append(plan)
+    return plans
 
 
 def _is_dense(call: Call, segments: Segments, plans: list[Plan | None], q_len: int, device: str) -> bool:
@@ -93,7 +113,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
     )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, call: Call, segments: Segments) -> None:
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise ValueError("attention takes query [B, H, Q, D], key [B, H_kv, K, D] and value [B, H_kv, K, Dv]")
     if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
@@ -105,6 +125,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
     if query.shape[2] > key.shape[2]:
         raise ValueError(
             f"{query.shape[2]} queries for {key.shape[2]} keys: queries are the last of the keys"
+        )
+    if (segments.batch, segments.k_len) != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"segments describe {segments.batch} x {segments.k_len} slots, the keys are {key.shape[0]} x {key.shape[2]}"
         )
     if not 0.0 <= call.dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, got {call.dropout}")

@@ -94,8 +94,8 @@ def sparse_attention(
     layer = getattr(module, "layer_idx", None)
     if layer is None and mask.settings.layers is not None:
         raise ValueError(
-            f"{type(module).__name__} does not know which layer it is, so layers={list(mask.settings.layers)} cannot be "
-            f"told apart; patch every layer"
+            f"{type(module).__name__} does not know which layer it is, so layers={list(mask.settings.layers)} cannot "
+            f"be told apart; patch every layer"
         )
     call = Call(
         pattern=mask.settings.pattern_at(layer),

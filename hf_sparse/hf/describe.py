@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..backends import Call
-from ..backends.torch_pieces import operator
+from ..backends.pieces import operator
 from ..patterns import Pattern, Union
 from ..plan import Constraint
 from ..plan.cost import cost

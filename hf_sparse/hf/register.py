@@ -10,7 +10,6 @@ from .attention import sparse_attention
 from .mask import make_mask
 from .stored_settings import CUSTOM, PREFIX
 
-
 # Plans and masks are Python over a few numbers: torch.compile takes the model around them, tracing them gains nothing.
 _attention = torch.compiler.disable(sparse_attention)
 _mask = torch.compiler.disable(make_mask)

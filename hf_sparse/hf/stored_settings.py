@@ -140,8 +140,8 @@ def settings_for(config: Any) -> SparseSettings:
     implementation = config._attn_implementation
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(
-            f"attn_implementation={implementation!r} cannot run a {config.model_type} model with cross-attention, which "
-            f"sparse patterns do not cover; load it without attn_implementation"
+            f"attn_implementation={implementation!r} cannot run a {config.model_type} model with cross-attention, "
+            f"which sparse patterns do not cover; load it without attn_implementation"
         )
     saved = getattr(config, "sparse_attention", None)
     if saved is not None:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from hf_sparse import Full, SlidingWindow, StreamingLLM
 from hf_sparse.backends import Call, attend, recording
 from hf_sparse.patterns.base import Pattern
-from hf_sparse.plan import Constraint, make_plan
+from hf_sparse.plan import Constraint, Segments, make_plan
 
 from .cases import PATTERNS, SHAPES, Shape, call_of, oracle, run, segments, tensors, truth, written_mask
 
@@ -222,6 +222,12 @@ def test_density_is_counted_while_it_runs():
     with recording() as nothing:
         pass
     assert nothing.calls == [] and nothing.density != nothing.density
+
+
+def test_segments_of_another_batch_are_refused():
+    q, k, v, _ = tensors(SHAPES["gqa"])
+    with pytest.raises(ValueError, match="segments describe 2 x 96 slots, the keys are 2 x 97"):
+        attend(q, k, v, Call(Full()), Segments.whole(2, 96))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from hf_sparse.backends import attend, recording
-from hf_sparse.backends.tiled import Tiled
+from hf_sparse.backends.pieces.tiled import Tiled
 
 from .cases import PATTERNS, Shape, call_of, tensors
 

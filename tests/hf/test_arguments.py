@@ -85,6 +85,12 @@ def test_output_attentions_are_the_weights_of_the_pattern(name):
     assert torch.equal(out.logits, logits(model, ids))
 
 
+def test_output_attentions_in_training_are_those_before_dropout():
+    model = hf_sparse.patch_model(tiny("gpt2"), "sliding_window", window=4).train()
+    for weights in model(tokens(2, 12), output_attentions=True).attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
+
+
 def test_output_attentions_of_long_inputs_are_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr("hf_sparse.hf.attention.LONGEST_WEIGHTS", 10)
     model = hf_sparse.patch_model(tiny("llama"), "sliding_window", window=3)

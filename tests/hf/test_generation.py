@@ -38,16 +38,19 @@ def test_every_cache_gives_the_tokens_of_no_cache(name, pattern):
     assert torch.equal(alone[0], expected[1, 6:])
 
 
+@pytest.mark.parametrize("pads", [None, 0, 5], ids=["no-mask", "all-ones", "left-padded"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_prefill_in_chunks_and_token_by_token_gives_the_same_logits(name):
+def test_prefill_in_chunks_and_token_by_token_gives_the_same_logits(name, pads):
     model = hf_sparse.patch_model(tiny(name), StreamingLLM(sinks=2, window=4))
-    ids = tokens(2, 24)
-    whole = logits(model, ids)
+    ids, mask = tokens(2, 24), torch.ones(2, 24, dtype=torch.long)
+    mask[1, : pads or 0] = 0
+    whole = logits(model, ids, **({} if pads is None else {"attention_mask": mask}))
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
         parts = []
         for start, stop in ((0, 7), (7, 18), (18, 19), (19, 20), (20, 24)):
-            parts.append(logits(model, ids[:, start:stop], past_key_values=cache, use_cache=True))
-        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+            seen = {} if pads is None else {"attention_mask": mask[:, :stop]}
+            parts.append(logits(model, ids[:, start:stop], past_key_values=cache, use_cache=True, **seen))
+        torch.testing.assert_close(torch.cat(parts, 1)[mask == 1], whole[mask == 1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])

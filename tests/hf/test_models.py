@@ -86,9 +86,8 @@ def test_float64_and_bfloat16(name):
     assert half.dtype == torch.bfloat16 and torch.isfinite(half).all()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "modernbert"])
-def test_a_compiled_model_gives_the_same_logits(name):
-    model = hf_sparse.patch_model(tiny(name), StreamingLLM(sinks=2, window=4))
+def test_a_compiled_model_gives_the_same_logits():
+    model = hf_sparse.patch_model(tiny("llama"), StreamingLLM(sinks=2, window=4))
     ids, mask = tokens(2, N), torch.ones(2, N, dtype=torch.long)
     mask[1, :6] = 0
     expected = logits(model, ids, attention_mask=mask)

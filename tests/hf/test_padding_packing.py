@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tiny_models import ALL, DECODERS, logits, tiny, tokens
+from transformers.masking_utils import create_causal_mask
 
 import hf_sparse
 from hf_sparse import Longformer, SlidingWindow, StreamingLLM, Strided
+from hf_sparse.plan import Constraint
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 PATTERNS = [
@@ -102,6 +104,35 @@ def test_position_ids_of_a_cached_step_divide_nothing():
             ids[:, 8:], past_key_values=first.past_key_values, position_ids=torch.arange(8, 12)[None]
         )
     torch.testing.assert_close(rest.logits, whole[:, 8:], **CLOSE)
+
+
+def test_position_ids_that_restart_within_a_cached_step_divide_nothing():
+    ids, positions = tokens(1, 12), torch.tensor([[8, 9, 0, 1]])
+    out = []
+    for model in (hf_sparse.patch_model(tiny("llama"), "full"), tiny("llama", "eager")):
+        with torch.no_grad():
+            cache = model(ids[:, :8]).past_key_values
+            out.append(model(ids[:, 8:], past_key_values=cache, position_ids=positions).logits)
+    torch.testing.assert_close(*out, **CLOSE)
+
+
+def test_samples_are_looked_for_once_per_forward(monkeypatch):
+    from hf_sparse.hf import mask as module
+
+    model = hf_sparse.patch_model(tiny("llama"), "sliding_window", window=4)
+    calls = []
+    found = module._sample_labels
+    monkeypatch.setattr(module, "_sample_labels", lambda *args: calls.append(1) or found(*args))
+    logits(model, tokens(1, 6), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    assert len(calls) == 1
+
+
+def test_samples_that_transformers_found_are_in_the_mask():
+    model = hf_sparse.patch_model(tiny("llama"), "full")
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    mask = create_causal_mask(model.config, torch.zeros(1, 5, 8), None, None, position_ids=positions)
+    assert [entry.slots for entry in mask.segments.entries] == [slice(0, 3), slice(3, 5)]
+    assert mask.constraint == Constraint(causal=True)
 
 
 def test_a_row_of_padding_only_gives_finite_logits_and_gradients():

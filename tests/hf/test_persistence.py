@@ -1,6 +1,7 @@
 """A saved model or adapter comes back with its pattern, or is refused in one sentence."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -99,6 +100,23 @@ def test_saving_an_adapter_again_replaces_it(adapter):
     again = hf_sparse.load(folder)
     assert settings(again).pattern == hf_sparse.Strided(3)
     assert torch.equal(logits(again, ids), logits(model, ids)) and not torch.equal(logits(again, ids), before)
+
+
+def test_an_interrupted_save_does_not_load(adapter, monkeypatch):
+    _, folder, _, _ = adapter
+    model, replace = hf_sparse.load(folder), os.replace
+
+    def fail(source, target):
+        if str(target).endswith(".safetensors"):
+            raise OSError("No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        hf_sparse.save_adapter(model, folder)
+    assert not [p for p in folder.parent.iterdir() if p.name.startswith(".")]
+    with pytest.raises(ValueError, match=r"has no sparse_attention\.json"):
+        hf_sparse.load(folder)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import transformers
 from tiny_models import logits, tiny, tokens
 
 import hf_sparse
+from hf_sparse.hf import settings
 
 # class, options: architectures whose attention does not go through transformers' interface, or not honestly
 _SMALL = {
@@ -82,6 +83,28 @@ def test_an_unrouted_architecture_is_refused_by_name_and_left_alone(name):
     assert model.training and torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_cross_attention_by_name_is_refused_at_the_first_forward():
+    options = UNROUTED["BartForConditionalGeneration"]
+    config = transformers.BartConfig(**options, attn_implementation="sparse_sliding_window")
+    with pytest.raises(ValueError, match="cannot run a bart model with cross-attention"):
+        transformers.BartForConditionalGeneration(config)(tokens(1, 6), decoder_input_ids=tokens(1, 6))
+
+
+def test_layers_of_a_model_whose_layers_do_not_know_their_place_are_refused():
+    options = {
+        "vocab_size": 64,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 48,
+        "max_position_embeddings": 64,
+    }
+    model = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**options))
+    with pytest.raises(ValueError, match=r"does not know which layer it is, so layers=\[0\]"):
+        hf_sparse.patch_model(model, "sliding_window", window=4, layers=[0])
+    assert settings(hf_sparse.patch_model(model, "sliding_window", window=4)).layers is None
 
 
 def test_a_model_with_cross_attention_is_refused():

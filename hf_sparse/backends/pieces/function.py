@@ -9,31 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..plan.plan import Plan, make_plan
-from ..plan.segments import Segments
-from .call import Call
-from .torch_pieces import Pass, make_pass, needs_merging
-
-
-def sequence_plans(call: Call, segments: Segments, heads: int, q_len: int) -> list[Plan | None]:
-    """Return the plan of each sequence; None for one without queries in this call."""
-    plans: list[Plan | None] = []
-    for segment in segments.entries:
-        queries = segment.queries(q_len, segments.k_len)
-        length = queries.stop - queries.start if isinstance(queries, slice) else len(queries)
-        plan = None
-        if length > 0:
-            plan = make_plan(
-                call.pattern,
-                call.constraint,
-                length,
-                segment.length,
-                heads=heads,
-                layer=call.layer,
-                first=segment.first,
-            )
-        plans.append(plan)
-    return plans
+from ...plan.plan import Plan
+from ...plan.segments import Segments
+from ..call import Call
+from .walk import Pass, make_pass, needs_merging
 
 
 def torch_attention(

@@ -1,4 +1,4 @@
-"""The `torch` backend: pieces computed by PyTorch operators and merged by log-sum-exp, forward and backward.
+"""One walk through a schedule, forward or backward: pieces computed one after the other and merged.
 
 Long stretches without a mask (dense prefixes, residues of a stride) go through the fused flash operator; everything
 else through cache-sized tiles. Given the merged output and the merged log-sum-exp each piece's backward pass is exact,
@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..plan.pieces import IndexList, Lattice
-from ..plan.plan import Plan
-from .call import Call
+from ...plan.pieces import IndexList, Lattice
+from ...plan.plan import Plan
+from ..call import Call
 from .flash import flash_backward, flash_forward
 from .fold import add, fold, is_view, write
 from .merge import emit, merged, put
 from .schedule import Group, Run, Schedule, make_schedule
-from .tile_walk import plan_tiles, run_tiles
+from .strips import Strip, in_strips, run_strips
 from .tiled import Tiled
+from .tiles import plan_tiles, run_tiles
 
 # Query rows of a chunk, over all query heads of a key head. On a CPU fewer rows leave fewer masked pairs at the ends of
 # a window, but below 64 the matrix products slow down.
@@ -117,9 +118,26 @@ class _Lists:
                 emit(self.out[:, :, rows], self.lse[:, :, rows], o, part, merge)
             return
         want = merge or (self.step.want_lse and len(run.spans) > 1)
+        # The backward pass goes tile by tile, and must draw the dropout masks in the same order.
+        if in_strips(run) and not self.step.tiled.dropout:
+            for strip in run_strips(run, self.query, self.keys, self.values):
+                self._strip(strip, want, merge)
+            return
         for tile in run_tiles(run, self.query, self.keys, self.values):
             o, share = self.step.tiled.forward(self.query[tile.place], tile.spans, tile.empty, want)
             emit(self.out[tile.place], self.lse[tile.place], o, share, merge)
+
+    def _strip(self, strip: Strip, want: bool, merge: bool) -> None:
+        rows = strip.take(self.query)
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        o, share = self.step.tiled.forward_rows(rows.to(exact), strip.spans, None, want)
+        lse = self.lse[..., None]
+        if merge:
+            assert share is not None
+            o, share = merged(strip.take(self.out), strip.take(lse)[..., 0], o, share)
+        strip.put(self.out, o)
+        if share is not None:
+            strip.put(lse, share[..., None])
 
     def is_fused(self, run: Run) -> bool:
         """True when the fused operator computes this run: no mask, and one span, or one and the triangle after it."""

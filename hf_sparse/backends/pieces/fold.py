@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan.pieces import IndexList, Lattice
+from ...plan.pieces import IndexList, Lattice
 
 
 def fold(x: Tensor, indices: Lattice | IndexList, members: int = 1) -> Tensor:

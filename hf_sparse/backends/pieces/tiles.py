@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..plan.tiles import Tiles
+from ...plan.tiles import Tiles
 from .schedule import Run, Span
 from .tiled import TileSpan
 
@@ -53,7 +53,7 @@ def run_tiles(
         return
     kv_heads = keys[0].shape[1]
     groups = query.shape[1] // kv_heads
-    biases = [_bias(span, groups, run, query) for span in run.spans]
+    biases = [run_bias(span, groups, run, query) for span in run.spans]
     empty = None if run.empty is None else torch.from_numpy(run.empty).repeat(groups).to(query.device)
     scores = run.rows * groups * sum(span.width for span in run.spans)
     for batch, kv, heads in _head_groups(query, kv_heads, scores):
@@ -108,7 +108,8 @@ def _head_groups(query: Tensor, kv_heads: int, scores: int) -> Iterator[tuple[in
             yield batch, slice(head, stop), slice(head * groups, stop * groups)
 
 
-def _bias(span: Span, groups: int, run: Run, query: Tensor) -> Tensor | None:
+def run_bias(span: Span, groups: int, run: Run, query: Tensor) -> Tensor | None:
+    """Return a span's bias [M, S], M = rows of all `groups` query heads of a key head; None without a mask."""
     if span.mask is None:
         return None
     allowed = span.mask.allowed(span.width, query.device)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan.pieces import IndexList, Lattice, Piece
-from ..plan.plan import Plan
-from ..plan.tiles import Tiles
+from ...plan.pieces import IndexList, Lattice, Piece
+from ...plan.plan import Plan
+from ...plan.tiles import Tiles
 
 # A span is widened to a multiple of this many keys (the rest masked): the matrix kernels are faster on such widths.
 _ALIGN = 32

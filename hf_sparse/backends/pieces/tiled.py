@@ -58,25 +58,33 @@ class Tiled:
     def forward(
         self, query: Tensor, spans: list[TileSpan], empty: Tensor | None, want_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output [H, C, Dv] and, if wanted, the log-sum-exp [H, C] of a tile.
+        """Return the output [H, C, Dv], good until the next call, and, if wanted, the log-sum-exp [H, C] of a tile.
 
         Args:
             query: [H, C, D]; H is a multiple of the spans' H_kv, C * H / H_kv = M rows per key head.
             empty: [M] or [H_kv, M] bool, rows that see no key (their bias is 0): output 0, log-sum-exp -inf.
         """
         heads, rows, _ = query.shape
-        rows_q = self._rows(query, spans[0].key)
+        out, lse = self.forward_rows(self._rows(query, spans[0].key), spans, empty, want_lse)
+        return out.view(heads, rows, -1), None if lse is None else lse.reshape(heads, rows)
+
+    def forward_rows(
+        self, rows_q: Tensor, spans: list[TileSpan], empty: Tensor | None, want_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the same as [T, M, Dv] and [T, M] for T tiles at once; the output is overwritten by the next call.
+
+        Args:
+            rows_q: [T, M, D] in the dtype of the computation; the spans' keys and values then are [T, S, D or Dv].
+        """
         weights, lse, _ = self._weights(rows_q, spans, None, want_lse)
         self._drop(weights)
-        out = None
-        for weight, span in zip(weights, spans, strict=True):
-            value = span.value.to(weight.dtype)
-            out = torch.bmm(weight, value) if out is None else torch.baddbmm(out, weight, value)
-        assert out is not None
+        out = self._buffer("out", rows_q, (*rows_q.shape[:2], spans[0].value.shape[-1]))
+        for number, (weight, span) in enumerate(zip(weights, spans, strict=True)):
+            torch.baddbmm(out, weight, span.value.to(weight.dtype), beta=min(number, 1), out=out)
         if empty is not None:
             out = out.masked_fill(empty[..., None], 0.0)
             lse = lse.masked_fill(empty, float("-inf")) if lse is not None else None
-        return out.view(heads, rows, -1), None if lse is None else lse.reshape(heads, rows)
+        return out, lse
 
     def backward(
         self,

@@ -1,0 +1,108 @@
+"""The demo's table and results file."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hf_sparse.evaluate import GapClosed, Result, Run
+from hf_sparse.evaluate.report import adapter_gaps, as_json
+from hf_sparse.evaluate.speed import Prefill
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the demo measured.
+
+    untrained: dense, then every pattern.
+    adapted: dense and the first pattern with the pattern's adapter, then the dense control with its own.
+    prefills: prompts read by the untrained model.
+    steps: training steps of 4,096 tokens; seconds: the whole demo.
+    """
+
+    untrained: Result
+    adapted: Result
+    prefills: list[Prefill]
+    steps: int
+    seconds: float
+
+    @property
+    def all_runs(self) -> Result:
+        """Every run, on the same tokens."""
+        return replace(self.untrained, runs=(*self.untrained.runs, *self.adapted.runs))
+
+    @property
+    def first_pattern(self) -> Result:
+        """The runs that tell what LoRA won: dense and the first pattern, untrained and trained, and the control."""
+        return replace(self.untrained, runs=(*self.untrained.runs[:2], *self.adapted.runs))
+
+    @property
+    def gap(self) -> GapClosed:
+        """What LoRA closed of the first pattern's gap, beyond what it won for the dense control."""
+        ((_, gap),) = adapter_gaps(self.first_pattern)
+        return gap
+
+    def table(self) -> str:
+        """Return the table in Markdown, with what it was measured on below it."""
+        lengths = sorted({prefill.length for prefill in self.prefills})
+        head = ["pattern", "density", "perplexity", "after LoRA", "gap closed"]
+        head += [f"tokens/s at {n:,}" for n in lengths] + [f"extra memory at {n:,}" for n in lengths]
+        dense, first = self.untrained.runs[:2]
+        trained = {
+            dense.label: self.adapted.find(False, "control")[0],
+            first.label: self.adapted.find(True, "adapter")[0],
+        }
+        lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+        for run in self.untrained.runs:
+            after = trained.get(run.label)
+            lines.append(
+                [
+                    run.label.replace("|", "\\|"),
+                    f"{run.density:.1%}",
+                    f"{self.untrained.perplexity(run):.3f}",
+                    f"{self.untrained.perplexity(after):.3f}" if after else "",
+                    str(self.gap) if run is first else "",
+                    *(self._speed(run, n) for n in lengths),
+                    *(_memory(self._prefill(run, n)) for n in lengths),
+                ]
+            )
+        return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + self._notes()) + "\n"
+
+    def json(self, arguments: dict[str, Any]) -> str:
+        """Return everything measured; losses in nats per token, memory in bytes, times in seconds."""
+        measured = {
+            "untrained": as_json(self.untrained),
+            "adapted": as_json(self.first_pattern),
+            "prefill": [{**asdict(p), "tokens_per_second": p.tokens_per_second} for p in self.prefills],
+            "demo": {"arguments": arguments, "steps": self.steps, "seconds": self.seconds},
+        }
+        return json.dumps(measured, indent=2) + "\n"
+
+    def _prefill(self, run: Run, length: int) -> Prefill:
+        label = run.label if run.sparse else None
+        return next(p for p in self.prefills if (p.pattern, p.length) == (label, length))
+
+    def _speed(self, run: Run, length: int) -> str:
+        own, dense = self._prefill(run, length), self._prefill(self.untrained.runs[0], length)
+        ratio = f" ({dense.seconds / own.seconds:.2f}x)" if run.sparse else ""
+        return f"{own.tokens_per_second:,.0f}{ratio}"
+
+    def _notes(self) -> list[str]:
+        result, machine = self.untrained, self.untrained.machine
+        return [
+            "",
+            f"{int(result.tokens.sum()):,} tokens of {len(result.text.documents)} held-out documents, each up to "
+            f"{result.config['max_length']:,}. Density: (query, key) pairs computed as a share of dense attention's, "
+            "counted during the run.",
+            f"LoRA: {self.steps} steps of 4,096 tokens; the dense row shows the control, trained the same. Gap closed: "
+            "the share of the pattern's untrained loss won back beyond the control, with its 95 % interval.",
+            "Tokens/s: one prompt read, the fastest of two, with the ratio to dense. Extra memory: the most held above "
+            "the loaded model meanwhile, key-value cache included.",
+            f"Machine: {machine['device_name']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
+            f"transformers {machine['versions']['transformers']}; {self.seconds / 60:.1f} minutes in all.",
+        ]
+
+
+def _memory(prefill: Prefill) -> str:
+    return "not measured" if prefill.workspace is None else f"{prefill.workspace / MIB:,.0f} MiB"

@@ -1,0 +1,214 @@
+"""The command line: every mistake is one sentence on stderr and exit status 2."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BloomConfig, BloomForCausalLM
+
+from hf_sparse.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of libraries, about each other
+
+
+def mistake(capsys, *arguments):
+    """Run a command that must fail, and return its one sentence."""
+    texts = [] if "--text" in arguments or "eval" not in arguments else ["--text", __file__]
+    assert main([str(argument) for argument in (*arguments, *texts)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    assert err.startswith("hf-sparse: error: ") and err.count("\n") == 1, err
+    return err.removeprefix("hf-sparse: error: ").strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--pattern", "longfromer"], r"unknown pattern 'longfromer'\. Did you mean 'longformer'\?"),
+        (["--pattern", "strided", "--window", "8"], r"strided have no option --window.*--stride"),
+        (["--window", "8"], r"--window is an option of a pattern, and there is no --pattern"),
+        (["--pattern", "sliding_window", "--window", "0"], r"window must be >= 1.*got 0"),
+        (["--pattern", "sliding_window", "--window", "many"], r"--window must be a whole number, got 'many'"),
+        (["--pattern", "strided", "--stride", "0"], r"stride must be >= 1, got 0"),
+        (["--pattern", "streaming_llm", "--sinks", "-1"], r"sinks must be >= 0, got -1"),
+        (
+            ["--pattern", "longformer", "--global-tokens", "1,x"],
+            r"--global-tokens must be a whole number, got 'x'",
+        ),
+        (["--pattern", "strided", "--anchor", "middle"], r"anchor must be .* got 'middle'"),
+        (["--backend", "fast"], r"unknown backend 'fast'"),
+        (["--length", "2"], r"--length must be >= 3 tokens"),
+        (["--documents", "0"], r"--documents must be >= 1, got 0"),
+        (["--seed", "-1"], r"--seed must be >= 0, got -1"),
+        (["--wndow", "3"], r"unrecognized arguments: --wndow 3; see: hf-sparse --help"),
+        (["--plot"], r"--plot writes .* name one with --output"),
+        (["--text", "/nowhere/a.txt"], r"/nowhere/a.txt does not exist"),
+        (["--device", "quantum"], r"--device quantum is not usable"),
+        (["--control", "/nowhere"], r"--control /nowhere holds no adapter_config.json"),
+    ],
+)
+def test_mistakes_in_options(tiny_model_folder, arguments, expected, capsys):
+    assert re.search(expected, mistake(capsys, "eval", tiny_model_folder, *arguments))
+
+
+def test_mistakes_in_texts(tiny_model_folder, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin1.txt").write_bytes("größe".encode("latin1"))
+    (tmp_path / "short.txt").write_text("a")
+    for name, expected in {
+        "empty": "holds no text",
+        "latin1": "is not UTF-8",
+        "short": "2 tokens to score",
+    }.items():
+        path = tmp_path / f"{name}.txt"
+        assert expected in mistake(capsys, "eval", tiny_model_folder, "--text", path)
+
+
+def test_mistakes_in_models(tmp_path, tiny_model_folder, tiny_tokenizer, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    missing = tmp_path / "missing"
+    assert f"there is no folder {missing}" in mistake(capsys, "eval", missing)
+    assert "holds neither config.json nor adapter_config.json" in mistake(capsys, "eval", tmp_path / "empty")
+    assert "is a file; give the model's folder" in mistake(capsys, "eval", __file__)
+    monkeypatch.chdir(tmp_path)
+    assert "there is no folder empty/run1" in mistake(capsys, "eval", "empty/run1")
+    assert "the hub cannot be reached" in mistake(capsys, "eval", "no-such-organisation/no-such-model")
+    assert "neither a folder nor a hub id" in mistake(capsys, "eval", "no such model")
+
+    weights = tiny_model_folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert f"{tiny_model_folder} cannot be loaded" in mistake(capsys, "eval", tiny_model_folder)
+    weights.unlink()
+    assert str(tiny_model_folder) in mistake(capsys, "eval", tiny_model_folder)
+    weights.write_bytes(whole)
+    (tiny_model_folder / "config.json").write_text("{")
+    assert str(tiny_model_folder) in mistake(capsys, "eval", tiny_model_folder)
+
+
+def test_a_checkpoint_with_missing_weights_is_not_filled_with_noise(tiny_model_folder, capsys):
+    from safetensors.torch import load_file, save_file
+
+    path = tiny_model_folder / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
+    text = mistake(capsys, "eval", tiny_model_folder)
+    assert "lacks 1 weights of LlamaForCausalLM, such as model.layers.1.mlp.up_proj.weight" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (
+            lambda: BertForMaskedLM(
+                BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+            ),
+            "load a causal decoder|no causal language-model head",
+        ),
+        (lambda: BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=4)), "Bloom"),
+    ],
+    ids=["encoder", "unsupported"],
+)
+def test_architectures_that_cannot_be_measured(model, expected, tiny_tokenizer, texts, tmp_path, capsys):
+    torch.manual_seed(0)
+    model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    arguments = ["eval", tmp_path / "model", "--pattern", "full", "--text", *texts, "--length", "40"]
+    assert re.search(expected, mistake(capsys, *arguments, "--output", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_adapters(adapter_folder, tiny_model_folder, tmp_path, capsys):
+    command = ("eval", tiny_model_folder)
+    assert "holds no adapter_config.json" in mistake(capsys, *command, "--adapter", tmp_path)
+    assert "is an adapter itself" in mistake(capsys, "eval", adapter_folder, "--adapter", adapter_folder)
+    weights = adapter_folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert f"adapter {adapter_folder} cannot be loaded" in mistake(capsys, "eval", adapter_folder)
+    weights.write_bytes(whole)
+
+    sidecar = adapter_folder / "sparse_attention.json"
+    saved = sidecar.read_text()
+    sidecar.write_text("{")
+    assert "sparse_attention.json" in mistake(capsys, "eval", adapter_folder)
+    sidecar.unlink()
+    assert "name one with --pattern" in mistake(capsys, "eval", adapter_folder)
+    sidecar.write_text(saved)
+
+    tiny_model_folder.rename(tmp_path / "moved")
+    text = mistake(capsys, "eval", adapter_folder)
+    assert "the base model of adapter" in text and f"hf-sparse eval BASE --adapter {adapter_folder}" in text
+    (adapter_folder / "adapter_config.json").write_text("[]")
+    assert "the base model of adapter" in mistake(capsys, "eval", adapter_folder)
+
+
+def test_an_adapter_that_lacks_weights_is_refused(adapter_folder, capsys):
+    from safetensors.torch import load_file, save_file
+
+    path = adapter_folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, path, {"format": "pt"})
+    assert f"adapter {adapter_folder} cannot be loaded" in mistake(capsys, "eval", adapter_folder)
+
+
+def test_output_that_cannot_be_written(tiny_model_folder, texts, tmp_path, capsys, monkeypatch):
+    command = ("eval", tiny_model_folder, "--text", *texts, "--length", "30", "--output")
+    assert "is a file; name a folder" in mistake(capsys, *command, texts[0])
+    assert "is a file; name a folder" in mistake(capsys, *command, f"{texts[0]}/deeper")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("hf_sparse.cli.eval.tempfile.TemporaryFile", refuse)
+    assert "cannot be written (Permission denied)" in mistake(capsys, *command, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupt_and_memory(monkeypatch, capsys):
+    from hf_sparse.cli import pictures
+
+    def raise_(error):
+        def run(args):
+            raise error
+
+        monkeypatch.setattr(pictures, "run", run)
+        return main(["patterns"])
+
+    assert raise_(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "hf-sparse: interrupted\n"
+    assert raise_(RuntimeError("CUDA out of memory. Tried to allocate")) == 2
+    assert "use a smaller --length" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        raise_(RuntimeError("a bug"))
+
+
+def test_show_refuses(capsys):
+    assert "unknown pattern 'x'" in mistake(capsys, "show", "x")
+    assert "--length must be between 1 and 128 tokens, got 0" in mistake(
+        capsys, "show", "full", "--length", 0
+    )
+    assert "full have no option --window" in mistake(capsys, "show", "full", "--window", 3)
+
+
+def test_as_a_program_there_is_no_traceback(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "hf_sparse.cli", "eval", str(tmp_path / "missing"), "--pattern", "full"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == (
+        f"hf-sparse: error: there is no folder {tmp_path / 'missing'}; "
+        "check the spelling, or give a hub id such as org/name.\n"
+    )
+
+
+def test_unknown_commands(capsys):
+    assert mistake(capsys, "evaluate").startswith("argument COMMAND: invalid choice: 'evaluate'")
+    assert "the following arguments are required: COMMAND" in mistake(capsys)

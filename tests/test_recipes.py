@@ -1,0 +1,132 @@
+"""The recipe and its configs, run as a person runs them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_sparse
+from hf_sparse.hf import settings
+from hf_sparse.train import AdaptationArguments, ConfigParser, SparseTrainingArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
+
+
+def run(*command, timeout=180):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a random model of one layer, and a text file."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(RECIPES / "tiny_base" / name, folder / "model" / name)
+    (folder / "text.txt").write_text("\n".join(f"line {i} of a text" for i in range(500)), encoding="utf-8")
+    return folder
+
+
+def overrides(tiny, output):
+    return [
+        *("--model", str(tiny / "model"), "--text", str(tiny / "text.txt"), "--length", "64"),
+        *("--output_dir", str(output), "--max_steps", "2", "--save_steps", "1", "--logging_steps", "1"),
+    ]
+
+
+def test_accelerate_launch_trains_and_saves_an_adapter_with_its_pattern(tiny, tmp_path):
+    done = run(
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml"),
+        *("recipes/finetune_lora.py", "--config", "recipes/sliding_window.yaml", *overrides(tiny, tmp_path)),
+        *("--pattern_options", "{window: 16}"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sliding_window(window=16)" in done.stdout
+    assert f"hf-sparse eval {tmp_path / 'adapter'}" in done.stdout
+    assert "'loss'" in done.stdout, "progress is logged"
+    assert (tmp_path / "checkpoint-2" / "complete.json").exists()
+    model = hf_sparse.load(tmp_path / "adapter")
+    assert settings(model).pattern == hf_sparse.SlidingWindow(16)
+
+
+def test_a_mistake_is_one_sentence_and_status_2(tiny, tmp_path):
+    done = run(
+        *(sys.executable, "recipes/finetune_lora.py", "--config", "recipes/sliding_window.yaml"),
+        *(*overrides(tiny, tmp_path / "out"), "--windw", "3"),
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown argument '--windw' on the command line. See --help for all names.\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_config_is_understood_and_there_is_one_for_each_pattern():
+    parser = ConfigParser((AdaptationArguments, SparseTrainingArguments))
+    found = {}
+    for path in RECIPES.glob("*.yaml"):
+        arguments, training = parser.parse(["--config", str(path)])
+        assert training.output_dir == f"runs/{path.stem}"
+        assert (training.bf16, training.learning_rate, arguments.length) == (True, 1e-3, 2048)
+        found[path.stem] = arguments.chosen_pattern()
+    assert found == {
+        "sliding_window": hf_sparse.SlidingWindow(128),
+        "longformer": hf_sparse.Longformer(256, (0,)),
+        "streaming_llm": hf_sparse.StreamingLLM(4, 252),
+        "strided": hf_sparse.SlidingWindow(64) | hf_sparse.Strided(64),
+    }
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_launch_config(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).num_processes >= 1
+
+
+@pytest.mark.slow
+def test_the_demo_writes_its_table_results_and_plot(tiny, tmp_path):
+    config = LlamaConfig.from_pretrained(tiny / "model", max_position_embeddings=4096)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(RECIPES / "tiny_base" / name, tmp_path / "model" / name)
+    done = run(
+        *(
+            sys.executable,
+            "recipes/demo.py",
+            "--model",
+            str(tmp_path / "model"),
+            "--output",
+            str(tmp_path / "demo"),
+        ),
+        *("--steps", "2", "--documents", "5"),
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "demo" / "table.md").read_text(encoding="utf-8")
+    assert table in done.stdout
+    head, _, dense, window, *_ = [line.split(" | ") for line in table.splitlines()]
+    assert len(head) == len(dense) == len(window) == 7  # one prompt length: the other is beyond its positions
+    assert dense[:2] == ["| dense", "100.0%"] and window[0] == "| sliding_window(window=128)"
+    assert float(dense[2]) > 0 and float(dense[3]) > 0 and float(window[3]) > 0
+    measured = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
+    assert {p["length"] for p in measured["prefill"]} == {4096}
+    assert (tmp_path / "demo" / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")

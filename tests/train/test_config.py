@@ -1,0 +1,103 @@
+import pytest
+
+from hf_sparse import SlidingWindow, Strided, get_pattern
+from hf_sparse.train import AdaptationArguments, ConfigParser, SparseTrainingArguments
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pattern": "sliding_windw"}, "Did you mean 'sliding_window'"),
+        ({"pattern_options": {"window": 0}}, "window must be >= 1"),
+        ({"pattern_options": {"windw": 4}}, "no option 'windw'"),
+        ({"pattern_options": "[1, 2]"}, r"must be a mapping.*got \[1, 2\]"),
+        ({"pattern_options": "{window: "}, "must be a YAML or JSON mapping"),
+        ({"pattern": "strided | longformer", "pattern_options": {"stride": 2}}, "one mapping per member"),
+        ({"backend": "magic"}, "unknown backend 'magic'"),
+        ({"length": 1}, "length must be a whole number >= 2, got 1"),
+        ({"lora_r": 0}, "lora_r must be a whole number >= 1, got 0"),
+        ({"lora_alpha": True}, "lora_alpha must be a whole number >= 1, got True"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
+        ({"dtype": "int8"}, "dtype must be .* got 'int8'"),
+        ({"text": []}, "text is an empty list"),
+        ({"dense_control": True, "pattern": "no_such"}, "unknown pattern 'no_such'"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_sentence(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        AdaptationArguments(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_pattern_options_may_be_written_as_yaml_or_json():
+    for written in ("{window: 7}", '{"window": 7}', {"window": 7}):
+        assert AdaptationArguments(pattern_options=written).chosen_pattern() == SlidingWindow(7)
+
+
+def test_union_takes_the_options_of_each_member():
+    arguments = AdaptationArguments(
+        pattern="sliding_window | strided",
+        pattern_options={"strided": {"stride": 5}, "sliding_window": {"window": 3}},
+    )
+    assert arguments.chosen_pattern() == SlidingWindow(3) | Strided(5)
+
+
+def test_the_dense_control_is_the_full_pattern():
+    assert AdaptationArguments(dense_control=True).chosen_pattern() == get_pattern("full")
+
+
+@pytest.fixture
+def parser():
+    return ConfigParser((AdaptationArguments, SparseTrainingArguments))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_command_line_wins_over_the_file_and_types_are_those_of_the_fields(parser, tmp_path):
+    path = write(
+        tmp_path,
+        "pattern: strided\npattern_options: {stride: 4}\nlearning_rate: 1e-3\ntrain_norms: false\nlayers: [0, 2]\n"
+        f"max_steps: 7\nwarmup_steps: 2\nresume_from_checkpoint: null\noutput_dir: {tmp_path}/a\n",
+    )
+    arguments, training = parser.parse(
+        ["--config", path, "--max_steps", "9", "--pattern_options={stride: 6}"]
+    )
+    assert arguments.chosen_pattern() == Strided(6)
+    assert (arguments.train_norms, arguments.layers, training.max_steps) == (False, [0, 2], 9)
+    assert (training.learning_rate, training.resume_from_checkpoint) == (1e-3, None)
+    assert training.remove_unused_columns is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("windw: 3\n", r"unknown key 'windw' in .*c\.yaml"),
+        ("max_step: 3\n", "Did you mean 'max_steps'"),
+        ("- a\n- b\n", "must hold 'key: value' lines, got list"),
+        ("a: [1\n", r"is not valid YAML \(line 2\)"),
+        ("max_steps: many\n", "argument --max_steps.*invalid int value: 'many'"),
+        ("train_norms: perhaps\n", "argument --train_norms"),
+    ],
+)
+def test_mistakes_in_the_file_are_one_sentence(parser, tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parser.parse(["--config", write(tmp_path, text)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--windw", "3"], "unknown argument '--windw'"),
+        (["--max_step=3"], "unknown argument '--max_step' on the command line. Did you mean 'max_steps'"),
+        (["--config"], "--config needs the path"),
+        (["--config=nowhere.yaml"], "cannot read the config file nowhere.yaml: No such file"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_sentence(parser, argv, message):
+    with pytest.raises(ValueError, match=message):
+        parser.parse(argv)
