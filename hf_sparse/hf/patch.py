@@ -55,7 +55,7 @@ def patch_model(
     if seq_len is not None:
         if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
             raise ValueError(f"seq_len must be a whole number of tokens >= 1, got {seq_len!r}")
-        chosen = chosen.resolve(seq_len) if hasattr(chosen, "resolve") else chosen
+        chosen = chosen.resolve(seq_len)
     name = attention_name(chosen)
     check_backend(backend)
     refuse_unroutable(base)
@@ -64,8 +64,11 @@ def patch_model(
     try:
         if not hasattr(base, _RESTORE):
             _own_config(model)
-            current = base.config.get_text_config()._attn_implementation
-            setattr(base, _RESTORE, None if current.startswith(PREFIX) else current)
+        current = base.config.get_text_config()._attn_implementation
+        if not current.startswith(PREFIX):  # someone may have chosen another attention since an earlier patch
+            setattr(base, _RESTORE, current)
+        elif not hasattr(base, _RESTORE):
+            setattr(base, _RESTORE, None)
         _switch(base, name)
         base.config.get_text_config().sparse_attention = settings_to_json(settings)
         remove_position_hooks(base)
@@ -136,7 +139,7 @@ def _check_layers(layers: Iterable[int] | None, model: PreTrainedModel) -> tuple
     if layers is None:
         return None
     count = model.config.get_text_config().num_hidden_layers
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+    if isinstance(layers, (str, bytes, dict)) or not isinstance(layers, Iterable):
         raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
     indices = list(layers)
     if not indices:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import check_backend
-from ..patterns import Pattern, Union, get_pattern
+from ..patterns import Pattern, Union, get_pattern, pattern_class
 
 VERSION = 1
 PREFIX = "sparse_"
@@ -35,9 +35,10 @@ class SparseSettings:
 def attention_name(pattern: Pattern) -> str:
     """Return the attention implementation of a pattern: ``sparse_<name>``, or ``sparse_custom`` for a union."""
     for member in pattern.members if isinstance(pattern, Union) else (pattern,):
-        if not member.name:
+        # A subclass inherits the name of what it derives from, and would come back as that.
+        if not member.name or pattern_class(member.name) is not type(member):
             raise ValueError(
-                f"pattern {member} has no name to be saved under; decorate {type(member).__name__} with "
+                f"{type(member).__name__} has no name of its own to be saved under; decorate it with "
                 f"@hf_sparse.register_pattern('a_name')"
             )
     return CUSTOM if isinstance(pattern, Union) else PREFIX + pattern.name

@@ -43,5 +43,12 @@ class Union(Pattern):
             parts += own
         return parts
 
+    @property
+    def per_layer(self) -> bool:  # type: ignore[override]
+        return any(member.per_layer for member in self.members)
+
+    def resolve(self, seq_len: int) -> Union:
+        return Union.of(*(member.resolve(seq_len) for member in self.members))
+
     def __str__(self) -> str:
         return " | ".join(str(member) for member in self.members)

@@ -24,16 +24,19 @@ if TYPE_CHECKING:
     from .algebra import Union
 
 
+LARGEST = 2**40  # tokens; positions and their sums and products with a stride stay within int64
+
+
 @dataclass(frozen=True)
 class Context:
     """What a position alone cannot know about the call in which a pattern is asked.
 
     causal: keys after the query are not allowed (the caller ANDs this; a pattern may only use it to save work).
-    layer: index of the layer, 0 at the bottom.
+    layer: index of the layer, 0 at the bottom; None unless the pattern declares `per_layer`.
     """
 
     causal: bool = True
-    layer: int = 0
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Pattern:
     """A frozen dataclass whose fields are the options; its truth is `allows`."""
 
     name: ClassVar[str] = ""  # set by register_pattern
+    per_layer: ClassVar[bool] = (
+        False  # True where `allows` looks at context.layer: each layer then has its own plan
+    )
 
     def allows(self, context: Context, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Tell which keys each query may attend to.
@@ -56,6 +62,14 @@ class Pattern:
     def parts(self, context: Context) -> Sequence[Part] | None:
         """Return interval parts whose union is exactly `allows`, or None to be planned from `allows` as tiles."""
         return None
+
+    def resolve(self, seq_len: int) -> Pattern:
+        """Return this pattern with options that adapt to the length fixed for sequences of `seq_len` tokens.
+
+        Called once, when a model is patched: nothing may depend on the current length, or decoding would differ from
+        one pass. The built-in patterns have no such option.
+        """
+        return self
 
     def options(self) -> dict[str, Any]:
         """Return the options as plain JSON values."""
@@ -99,6 +113,8 @@ def check_count(name: str, value: Any, least: int) -> None:
     if value < least:
         note = " (1 is the token itself only)" if name == "window" else ""
         raise ValueError(f"{name} must be >= {least}{note}, got {value}")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, more than any sequence has tokens, got {value}")
 
 
 def check_positions(name: str, value: Any) -> tuple[int, ...]:
@@ -106,6 +122,6 @@ def check_positions(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise ValueError(f"{name} must be a list of token positions such as (0, 64), got {value!r}")
     for position in value:
-        if isinstance(position, bool) or not isinstance(position, int) or position < 0:
-            raise ValueError(f"{name} must hold whole numbers >= 0, got {position!r}")
+        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= LARGEST:
+            raise ValueError(f"{name} must hold whole numbers from 0 to {LARGEST}, got {position!r}")
     return tuple(sorted(set(value)))

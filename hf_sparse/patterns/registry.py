@@ -35,7 +35,8 @@ def register_pattern(name: str) -> Callable[[type[P]], type[P]]:
             raise ValueError(
                 f"pattern name {name!r} contains {word!r}, which transformers treats specially; rename it"
             )
-        if not (isinstance(cls, type) and issubclass(cls, Pattern) and dataclasses.is_dataclass(cls)):
+        # Looked up in the class itself: being a dataclass is inherited, its fields are not.
+        if not (isinstance(cls, type) and issubclass(cls, Pattern) and "__dataclass_params__" in vars(cls)):
             raise TypeError(f"{cls!r} must be a @dataclass(frozen=True) that derives from hf_sparse.Pattern")
         cls.name = name
         _PATTERNS[name] = cls
@@ -96,4 +97,9 @@ def get_pattern(pattern: str | Pattern, **options: Any) -> Pattern:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             has = f"its options are: {', '.join(known)}" if known else "it takes no options"
             raise ValueError(f"pattern {pattern!r} has no option {option!r}.{hint} ({has})")
+    required = [
+        f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if missing := [option for option in required if option not in options]:
+        raise ValueError(f"pattern {pattern!r} needs a value for {', '.join(missing)}, which has no default")
     return cls(**options)

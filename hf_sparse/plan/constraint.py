@@ -30,9 +30,8 @@ class Constraint:
         Args:
             head, query, key: indices and positions, int64, broadcastable with one another.
         """
-        return (pattern.allows(Context(self.causal, layer), head, query, key) | (query == key)) & self.admits(
-            query, key
-        )
+        own = pattern.allows(Context(self.causal, layer if pattern.per_layer else None), head, query, key)
+        return (own | (query == key)) & self.admits(query, key)
 
     def admits(self, query: Tensor, key: Tensor) -> Tensor:
         """Return what this constraint alone allows, for positions that broadcast with each other."""

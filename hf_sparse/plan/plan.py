@@ -46,7 +46,8 @@ def make_plan(
     first: int = 0,
 ) -> Plan:
     """Return the plan for keys at positions first .. first + k_len; shared by all layers that ask for the same."""
-    parts = pattern.parts(Context(constraint.causal, layer))
+    layer = layer if pattern.per_layer else 0  # one plan for all layers
+    parts = pattern.parts(Context(constraint.causal, layer if pattern.per_layer else None))
     if parts is None:
         return _plan_predicate(pattern, constraint, q_len, k_len, heads, layer, first)
     return _plan_parts(tuple(parts), constraint, q_len, k_len, heads, first)

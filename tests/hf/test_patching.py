@@ -11,7 +11,7 @@ import transformers
 from tiny_models import ALL, logits, tiny, tokens
 
 import hf_sparse
-from hf_sparse import Longformer, SlidingWindow, StreamingLLM, Strided
+from hf_sparse import Full, Longformer, SlidingWindow, StreamingLLM, Strided
 from hf_sparse.hf import SparseSettings, settings, settings_from_json, settings_to_json
 
 
@@ -285,3 +285,24 @@ def test_every_pattern_has_an_attention_and_a_mask_function():
     names = {"sparse_custom", *("sparse_" + name for name in hf_sparse.available_patterns())}
     assert names <= set(transformers.AttentionInterface().valid_keys())
     assert names <= set(transformers.AttentionMaskInterface().valid_keys())
+
+
+def test_a_subclass_needs_a_name_of_its_own():
+    @dataclass(frozen=True)
+    class Narrower(SlidingWindow):
+        def allows(self, context, head, query, key):
+            return query - key < 2
+
+    model = tiny("llama")
+    for pattern in (Narrower(4), Narrower(4) | Full()):
+        with pytest.raises(ValueError, match="Narrower has no name of its own"):
+            hf_sparse.patch_model(model, pattern)
+
+
+def test_unpatching_restores_the_attention_chosen_last():
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    hf_sparse.patch_model(model, "sliding_window")
+    model.set_attn_implementation("sdpa")
+    hf_sparse.patch_model(model, "sliding_window")
+    assert hf_sparse.unpatch_model(model).config._attn_implementation == "sdpa"

@@ -200,3 +200,16 @@ def test_save_adapter_refuses_what_it_cannot_save(tmp_path):
     with pytest.raises(ValueError, match="needs a patched model"):
         hf_sparse.save_adapter(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_weights_that_are_missing_are_refused(tmp_path):
+    """Transformers would only warn, and leave them at random."""
+    from safetensors.torch import load_file, save_file
+
+    model = hf_sparse.patch_model(tiny("llama"), "sliding_window", window=4)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights of LlamaForCausalLM, such as model\.norm\.weight"):
+        hf_sparse.load(tmp_path)

@@ -107,8 +107,14 @@ def test_union_is_flat_and_allows_what_any_member_allows():
         ("strided", {"stride": 0}, "stride must be >= 1, got 0"),
         ("strided", {"anchor": "left"}, "anchor must be 'relative' or 'absolute', got 'left'"),
         ("streaming_llm", {"sinks": -1}, "sinks must be >= 0, got -1"),
-        ("longformer", {"global_tokens": (0, -1)}, "global_tokens must hold whole numbers >= 0, got -1"),
+        (
+            "longformer",
+            {"global_tokens": (0, -1)},
+            "global_tokens must hold whole numbers from 0 to 1099511627776, got -1",
+        ),
         ("longformer", {"global_tokens": "0"}, "global_tokens must be a list of token positions"),
+        ("sliding_window", {"window": 2**41}, "window must be at most 1099511627776"),
+        ("longformer", {"global_tokens": (2**70,)}, "global_tokens must hold whole numbers from 0 to"),
         (7, {}, "pattern must be a name or a Pattern object, got int"),
         (SlidingWindow(), {"window": 3}, "options window go with a pattern name"),
     ],
@@ -156,4 +162,10 @@ def test_registering_refuses_taken_names_reserved_words_and_other_classes():
             register_pattern(name)(Mine)
     with pytest.raises(TypeError, match="must be a @dataclass"):
         register_pattern("mine")(int)
+
+    class NoFields(Pattern):
+        window: int = 4
+
+    with pytest.raises(TypeError, match="must be a @dataclass"):
+        register_pattern("mine")(NoFields)
     assert "mine" not in available_patterns() and Mine.name == ""

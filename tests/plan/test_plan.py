@@ -149,6 +149,21 @@ def test_a_bare_predicate_is_planned_as_tiles(causal):
     check(EveryOtherHead(), Constraint(causal), 4, 131, heads=3)
 
 
+class LowLayersNear(Pattern):
+    per_layer = True
+
+    def allows(self, context, head, query, key):
+        return query - key < 2 + context.layer
+
+
+def test_a_predicate_is_planned_once_unless_it_looks_at_the_layer():
+    plans = [make_plan(EveryOtherHead(), Constraint(), 90, 90, heads=2, layer=layer) for layer in range(40)]
+    assert all(plan is plans[0] for plan in plans)
+    assert make_plan(LowLayersNear(), Constraint(), 90, 90, heads=2, layer=0).pairs == 2 * 90 - 1
+    assert make_plan(LowLayersNear(), Constraint(), 90, 90, heads=2, layer=3).pairs == 5 * 90 - 10
+    assert (LowLayersNear() | SlidingWindow()).per_layer and not (SlidingWindow() | Full()).per_layer
+
+
 def test_layers_share_a_plan_and_a_million_tokens_stay_small():
     a = make_plan(SlidingWindow(window=512), Constraint(), 2**20, 2**20, heads=8, layer=0)
     assert a is make_plan(SlidingWindow(window=512), Constraint(), 2**20, 2**20, heads=8, layer=7)

@@ -155,9 +155,11 @@ class Tiled:
             return [score.sub_(lse[..., None]).exp_() for score in scores], lse, slopes
         if len(scores) == 1:
             top = scores[0].amax(-1) if want_lse else None
-            torch.softmax(scores[0], -1, out=scores[0])
+            # In place on a CPU, where a second tile would not fit the cache beside the first.
+            in_place = scores[0] if scores[0].device.type == "cpu" else None
+            weights = torch.softmax(scores[0], -1, out=in_place)
             # The largest weight is exp(top - lse), and never underflows.
-            return scores, None if top is None else top - scores[0].amax(-1).log(), slopes
+            return [weights], None if top is None else top - weights.amax(-1).log(), slopes
         top = scores[0].amax(-1, keepdim=True)
         for score in scores[1:]:
             top = torch.maximum(top, score.amax(-1, keepdim=True))
