@@ -129,6 +129,8 @@ def _is_generated(name: str) -> bool:
 
 
 def _read_text(path: Path) -> str:
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r} is no file name, it holds a null byte; check the spelling.")
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder; name the text files in it instead, for example {path / '*.txt'}."

@@ -3,11 +3,11 @@
     python recipes/check_tiny_base.py recipes/tiny_base
 
 (a) long context pays: the loss of the tokens 1,024 to 2,047 of a window, with all of the window before them and with
-    only the nearest 512 or 256 tokens (never fewer, at most 63 more) behind a fresh ``<s>``;
+    only the nearest 512 to 575, 256 to 511 or 256 to 319 tokens behind a fresh ``<s>``, the target tokens the same;
 (b) it copies: the share of a span of 64 uniformly random tokens whose next token is the model's first guess where the
     span returns after 1,024 tokens of held-out text (the first token of the span has nothing to be guessed from);
 (c) 8,192 tokens lie within what it was trained for: the loss by position, and the loss of the tokens from 2,048 on
-    with everything before them against the nearest 2,048 tokens (at most 255 more).
+    with everything before them against the nearest 2,047 tokens (at most 511 more) and ``<s>``.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse.documents import fingerprint, standard_library
 
+CONTEXTS = ((512, 64), (256, 256), (256, 64))  # the fewest tokens that a target sees, and how many take turns
 POSITIONS = (0, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -35,14 +36,14 @@ def cut_windows(files: list[list[int]], bos: int, length: int, most: int) -> Ten
     return torch.tensor([windows[index] for index in chosen])
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def losses_with_everything(model, window: Tensor) -> Tensor:
     """The loss of every token of ``window [length]`` but the first, ``[length - 1]``."""
     logits = model(input_ids=window[None, :-1], use_cache=False).logits[0].float()
     return nn.functional.cross_entropy(logits, window[1:], reduction="none")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def losses_with_nearest(model, window: Tensor, first: int, context: int, stride: int) -> Tensor:
     """The loss of the tokens from ``first`` on, each from its nearest ``context`` to ``context + stride - 1``."""
     starts = range(first, len(window), stride)
@@ -56,7 +57,7 @@ def losses_with_nearest(model, window: Tensor, first: int, context: int, stride:
     return torch.cat(found)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def copy_accuracy(model, windows: Tensor, distance: int, size: int, seed: int = 0) -> float:
     """The share of the tokens of a planted random span that are guessed right ``distance`` tokens later."""
     random = np.random.default_rng(seed)
@@ -82,27 +83,23 @@ def measure(folder: Path, windows: int, long_windows: int) -> dict:
 
     rows = cut_windows(files, bos, 2048, windows)
     full = torch.stack([losses_with_everything(model, row)[1023:] for row in rows])
-    near = {
-        c: torch.stack([losses_with_nearest(model, row, 1024, c, 64) for row in rows]) for c in (512, 256)
-    }
-    gain = {c: (losses.mean(1) - full.mean(1)) for c, losses in near.items()}
-    found["long_context"] = {
-        "windows": len(rows),
-        "loss_2048": float(full.mean()),
-        **{f"loss_{c}": float(losses.mean()) for c, losses in near.items()},
-        **{f"gain_over_{c}": float(g.mean()) for c, g in gain.items()},
-        **{f"standard_error_{c}": float(g.std() / len(rows) ** 0.5) for c, g in gain.items()},
-    }
+    found["long_context"] = {"windows": len(rows), "loss_2048": float(full.mean())}
+    for context, stride in CONTEXTS:
+        near = torch.stack([losses_with_nearest(model, row, 1024, context, stride) for row in rows])
+        gain = near.mean(1) - full.mean(1)
+        found["long_context"][f"{context}_to_{context + stride - 1}"] = {
+            "loss": float(near.mean()),
+            "gain": float(gain.mean()),
+            "standard_error": float(gain.std() / len(rows) ** 0.5),
+        }
     long_rows = cut_windows(files, bos, 8192, long_windows)
-    found["copy"] = {"windows": min(32, len(rows)), "span": 64}
-    found["copy"] |= {
-        f"at_{d}": copy_accuracy(model, rows[:: max(1, len(rows) // 32)][:32], d, 64)
-        for d in (256, 512, 1024, 1920)
-    }
-    found["copy"] |= {f"at_{d}": copy_accuracy(model, long_rows[:8], d, 64) for d in (4096, 7936)}
+    some = rows[:: max(1, len(rows) // 32)][:32]
+    found["copy"] = {"span": 64, "windows": len(some)}
+    found["copy"] |= {f"at_{d}": copy_accuracy(model, some, d, 64) for d in (256, 512, 1024, 1920)}
+    found["copy"] |= {f"at_{d}": copy_accuracy(model, long_rows, d, 64) for d in (4096, 7936)}
 
     full = torch.stack([losses_with_everything(model, row) for row in long_rows])
-    near_2048 = torch.stack([losses_with_nearest(model, row, 2048, 2048, 256) for row in long_rows])
+    near = torch.stack([losses_with_nearest(model, row, 2048, 2047, 512) for row in long_rows])
     by_position = pairwise(POSITIONS)
     found["to_8192"] = {
         "windows": len(long_rows),
@@ -110,14 +107,15 @@ def measure(folder: Path, windows: int, long_windows: int) -> dict:
             f"{a}-{b}": float(full[:, max(a - 1, 0) : b - 1].mean()) for a, b in by_position
         },
         "loss_from_2048": float(full[:, 2047:].mean()),
-        "loss_from_2048_with_nearest_2048": float(near_2048.mean()),
+        "loss_from_2048_with_nearest_2047": float(near.mean()),
         "loss_from_4096": float(full[:, 4095:].mean()),
-        "loss_from_4096_with_nearest_2048": float(near_2048[:, 2048:].mean()),
+        "loss_from_4096_with_nearest_2047": float(near[:, 2048:].mean()),
     }
+    gains = {name: g for name, g in found["long_context"].items() if isinstance(g, dict)}
     found["reached"] = {
-        "long_context": found["long_context"]["gain_over_512"] >= 0.12,
+        **{f"long_context_over_{c}": g["gain"] >= 0.12 for c, g in gains.items()},
         "copy": found["copy"]["at_1024"] >= 0.30,
-        "to_8192": found["to_8192"]["loss_from_4096"] <= found["to_8192"]["loss_from_4096_with_nearest_2048"],
+        "to_8192": found["to_8192"]["loss_from_4096"] <= found["to_8192"]["loss_from_4096_with_nearest_2047"],
     }
     return json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 4))
 
@@ -128,14 +126,14 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--windows", type=int, default=64, help="windows of 2,048 tokens")
-    parser.add_argument("--long-windows", type=int, default=16, help="windows of 8,192 tokens")
+    parser.add_argument("--long-windows", type=int, default=12, help="windows of 8,192 tokens")
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
     found = measure(args.folder, args.windows, args.long_windows)
     print(json.dumps(found, indent=2))
     if not args.no_record:
         command = f"python recipes/check_tiny_base.py {args.folder.as_posix()}"
-        if args.windows != 64 or args.long_windows != 16:
+        if args.windows != 64 or args.long_windows != 12:
             command += f" --windows {args.windows} --long-windows {args.long_windows}"
         record = json.loads((args.folder / "TRAINING.json").read_text())
         record["measured"] = {"command": command} | found

@@ -109,7 +109,7 @@ def export(folder: Path, out: Path) -> None:
     (temporary / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     (temporary / "training_log.jsonl").write_bytes((folder / "training_log.jsonl").read_bytes())
     record = state["counters"] | {
-        "command": f"python recipes/{Path(__file__).name} --checkpoints CHECKPOINTS --out {out.as_posix()}",
+        "command": "python recipes/pretrain_tiny.py --checkpoints CHECKPOINTS --out OUT",
         "phases_are": "until this progress, tokens per row, rows per step, share with repeats, cycles among these",
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "learning_rates": {"muon": MUON_LR, "adamw": ADAM_LR, "warm_up": WARM_UP, "decay_from": DECAY_FROM},

@@ -6,7 +6,14 @@ import sys
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BloomConfig, BloomForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hf_sparse.cli import main
 
@@ -27,7 +34,7 @@ def mistake(capsys, *arguments):
     ("arguments", "expected"),
     [
         (["--pattern", "longfromer"], r"unknown pattern 'longfromer'\. Did you mean 'longformer'\?"),
-        (["--pattern", "strided", "--window", "8"], r"strided have no option --window.*--stride"),
+        (["--pattern", "strided", "--window", "8"], r"strided has no option --window.*--stride"),
         (["--window", "8"], r"--window is an option of a pattern, and there is no --pattern"),
         (["--pattern", "sliding_window", "--window", "0"], r"window must be >= 1.*got 0"),
         (["--pattern", "sliding_window", "--window", "many"], r"--window must be a whole number, got 'many'"),
@@ -41,7 +48,14 @@ def mistake(capsys, *arguments):
         (["--backend", "fast"], r"unknown backend 'fast'"),
         (["--length", "2"], r"--length must be >= 3 tokens"),
         (["--documents", "0"], r"--documents must be >= 1, got 0"),
-        (["--seed", "-1"], r"--seed must be >= 0, got -1"),
+        (["--seed", "-1"], r"--seed must be between 0 and 4294967295, got -1"),
+        (["--seed", "9" * 23], r"--seed must be between 0 and 4294967295, got 9{23}"),
+        (["--text", "a\0b"], r"'a.x00b' is no file name, it holds a null byte"),
+        (["--output", "a\0b"], r"--output 'a.x00b' is no name of a folder"),
+        (
+            ["--pattern", "strided", "--pattern", "full", "--window", "8"],
+            r"strided and full have no option --window; their options",
+        ),
         (["--wndow", "3"], r"unrecognized arguments: --wndow 3; see: hf-sparse --help"),
         (["--plot"], r"--plot writes .* name one with --output"),
         (["--text", "/nowhere/a.txt"], r"/nowhere/a.txt does not exist"),
@@ -76,6 +90,7 @@ def test_mistakes_in_models(tmp_path, tiny_model_folder, tiny_tokenizer, capsys,
     assert "there is no folder empty/run1" in mistake(capsys, "eval", "empty/run1")
     assert "the hub cannot be reached" in mistake(capsys, "eval", "no-such-organisation/no-such-model")
     assert "neither a folder nor a hub id" in mistake(capsys, "eval", "no such model")
+    assert "the name of the model is empty, got ''" in mistake(capsys, "eval", "")
 
     weights = tiny_model_folder / "model.safetensors"
     whole = weights.read_bytes()
@@ -84,8 +99,28 @@ def test_mistakes_in_models(tmp_path, tiny_model_folder, tiny_tokenizer, capsys,
     weights.unlink()
     assert str(tiny_model_folder) in mistake(capsys, "eval", tiny_model_folder)
     weights.write_bytes(whole)
-    (tiny_model_folder / "config.json").write_text("{")
-    assert str(tiny_model_folder) in mistake(capsys, "eval", tiny_model_folder)
+    for content in (b"{", b"[]", b"\xff\xfe", b'{"model_type": "zorg"}'):
+        (tiny_model_folder / "config.json").write_bytes(content)
+        text = mistake(capsys, "eval", tiny_model_folder)
+        assert f"the config of {tiny_model_folder} cannot be loaded" in text
+
+
+def test_a_tokenizer_that_is_broken_or_of_another_model_is_refused(tiny_model_folder, texts, capsys):
+    command = ("eval", tiny_model_folder, "--text", *texts, "--length", "40")
+    tokenizer = tiny_model_folder / "tokenizer.json"
+    saved = tokenizer.read_bytes()
+    for content in (b"{", None):
+        if content is None:
+            tokenizer.unlink()
+        else:
+            tokenizer.write_bytes(content)
+        text = mistake(capsys, *command)
+        assert f"the tokenizer of {tiny_model_folder} cannot be loaded" in text and "save_pretrained" in text
+    tokenizer.write_bytes(saved)
+    config = LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    LlamaForCausalLM(config).save_pretrained(tiny_model_folder)
+    text = mistake(capsys, *command)
+    assert re.search(r"the tokenizer gives the token \d+, but LlamaForCausalLM knows only 0 to 49", text)
 
 
 def test_a_checkpoint_with_missing_weights_is_not_filled_with_noise(tiny_model_folder, capsys):
@@ -128,8 +163,17 @@ def test_mistakes_in_adapters(adapter_folder, tiny_model_folder, tmp_path, capsy
     weights = adapter_folder / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    assert f"adapter {adapter_folder} cannot be loaded" in mistake(capsys, "eval", adapter_folder)
+    assert f"{weights} is corrupt" in mistake(capsys, "eval", adapter_folder)
+    weights.unlink()
+    assert f"adapter {adapter_folder} has no {weights.name}" in mistake(capsys, "eval", adapter_folder)
     weights.write_bytes(whole)
+    config = adapter_folder / "adapter_config.json"
+    described = config.read_text()
+    config.write_text(described.replace('"LORA"', '"ZORG"'))
+    for named in (("eval", adapter_folder), (*command, "--adapter", adapter_folder)):
+        text = mistake(capsys, *named)
+        assert f"adapter {adapter_folder} is of the type 'ZORG', which peft" in text and "update peft" in text
+    config.write_text(described)
 
     sidecar = adapter_folder / "sparse_attention.json"
     saved = sidecar.read_text()
@@ -143,7 +187,7 @@ def test_mistakes_in_adapters(adapter_folder, tiny_model_folder, tmp_path, capsy
     text = mistake(capsys, "eval", adapter_folder)
     assert "the base model of adapter" in text and f"hf-sparse eval BASE --adapter {adapter_folder}" in text
     (adapter_folder / "adapter_config.json").write_text("[]")
-    assert "the base model of adapter" in mistake(capsys, "eval", adapter_folder)
+    assert "adapter_config.json must hold a JSON object" in mistake(capsys, "eval", adapter_folder)
 
 
 def test_an_adapter_that_lacks_weights_is_refused(adapter_folder, capsys):
@@ -153,7 +197,7 @@ def test_an_adapter_that_lacks_weights_is_refused(adapter_folder, capsys):
     weights = load_file(path)
     weights.pop(sorted(weights)[0])
     save_file(weights, path, {"format": "pt"})
-    assert f"adapter {adapter_folder} cannot be loaded" in mistake(capsys, "eval", adapter_folder)
+    assert f"adapter {adapter_folder} does not fit" in mistake(capsys, "eval", adapter_folder)
 
 
 def test_output_that_cannot_be_written(tiny_model_folder, texts, tmp_path, capsys, monkeypatch):
@@ -164,7 +208,7 @@ def test_output_that_cannot_be_written(tiny_model_folder, texts, tmp_path, capsy
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("hf_sparse.cli.eval.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     assert "cannot be written (Permission denied)" in mistake(capsys, *command, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -192,7 +236,7 @@ def test_show_refuses(capsys):
     assert "--length must be between 1 and 128 tokens, got 0" in mistake(
         capsys, "show", "full", "--length", 0
     )
-    assert "full have no option --window" in mistake(capsys, "show", "full", "--window", 3)
+    assert "full has no option --window" in mistake(capsys, "show", "full", "--window", 3)
 
 
 def test_as_a_program_there_is_no_traceback(tmp_path):

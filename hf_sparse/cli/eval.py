@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,8 +117,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
     check_backend(args.backend)
     if args.length < 3:
         raise ValueError(f"--length must be >= 3 tokens (two to score), got {args.length}")
-    if args.seed < 0:
-        raise ValueError(f"--seed must be >= 0, got {args.seed}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
 
 
 def _check_output(args: argparse.Namespace) -> None:
@@ -131,18 +129,8 @@ def _check_output(args: argparse.Namespace) -> None:
         from ..evaluate.plot import check_plot
 
         check_plot()
-    if not args.output:
+    if args.output is None:
         return
-    folder = Path(args.output)
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        raise ValueError(f"--output {args.output}: {folder} is a file; name a folder.")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ValueError(
-            f"--output {args.output} cannot be written ({reason}); name another folder."
-        ) from None
+    from ..evaluate.output_folder import check_output_folder
+
+    check_output_folder("--output", args.output)

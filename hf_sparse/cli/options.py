@@ -72,8 +72,9 @@ def _nobody_has(option: str, names: list[str], known: list[str]) -> str:
         return f"{flag} is an option of a pattern, and there is no --pattern; name one of {owners}."
     near = difflib.get_close_matches(option, known, n=1)
     hint = f" did you mean --{_dashed(near[0])}?" if near else ""
-    has = ", ".join(f"--{_dashed(o)}" for o in known) or "none"
-    return f"{' and '.join(names)} have no option {flag};{hint} their options: {has}."
+    all_known = ", ".join(f"--{_dashed(o)}" for o in known) or "none"
+    verb, whose = ("has", "its") if len(names) == 1 else ("have", "their")
+    return f"{' and '.join(names)} {verb} no option {flag};{hint} {whose} options: {all_known}."
 
 
 def _owners() -> dict[str, list[str]]:

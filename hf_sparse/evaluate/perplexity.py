@@ -21,7 +21,7 @@ from .bootstrap import BLOCK_TOKENS
 from .head import ChunkedHead
 from .machine import PeakMemory, describe_machine
 from .results import Result, Run
-from .tokens import ScoredDocument, ScoredText, tokenize
+from .tokens import ScoredDocument, ScoredText, check_vocabulary, tokenize
 
 PROBE_TOKENS = 16
 ROWS = 128  # positions whose logits are copied to float32 at a time
@@ -61,7 +61,7 @@ def perplexity(
         progress: show a bar on stderr when that is a terminal.
     Raises:
         ValueError: an encoder, a model whose head cannot be run in chunks, an unknown pattern, texts with nothing to
-            score, more positions than the model has, or a sparse run in which no attention call was sparse.
+            score, more positions or tokens than the model has, or a sparse run in which no attention call was sparse.
     """
     check_backend(backend)
     has_adapter = hasattr(model, "disable_adapter")
@@ -78,6 +78,7 @@ def perplexity(
     _check_length(base, max_length)
     named = [Document(f"document {i}", d) if isinstance(d, str) else d for i, d in enumerate(documents)]
     text = tokenize(tokenizer, named, max_length, bos)
+    check_vocabulary(max(max(document.ids) for document in text.documents), base)
     device = base.get_input_embeddings().weight.device
 
     adapters = [None, "adapter"] if without_adapter else ["adapter"] if has_adapter else [None]

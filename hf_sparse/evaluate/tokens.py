@@ -95,6 +95,16 @@ def tokenize(tokenizer: Any, documents: Iterable[Document], max_length: int, bos
     return ScoredText(tuple(kept), tuple(skipped), kind)
 
 
+def check_vocabulary(largest: int, model: Any) -> None:
+    """Raise ValueError where a token id lies beyond the rows of the model's input embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer gives the token {largest}, but {type(model).__name__} knows only 0 to {rows - 1}; "
+            "use the tokenizer that belongs to the model."
+        )
+
+
 def _prefix(tokenizer: Any, bos: bool) -> tuple[list[int], str]:
     if bos and tokenizer.bos_token_id is not None:
         return [tokenizer.bos_token_id], "bos"

@@ -1,9 +1,10 @@
 """The glue to transformers: patch a model, describe it, save it and load it again."""
 
 from .describe import describe
+from .loading import read_sidecar
 from .mask import SparseMask
 from .patch import patch_model, patched, settings, unpatch_model
-from .persist import load, read_sidecar, save_adapter
+from .persist import load, save_adapter
 from .register import register_names
 from .stored_settings import SparseSettings, attention_name, settings_from_json, settings_to_json
 

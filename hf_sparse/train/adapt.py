@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..documents import read_documents, standard_library
+from ..evaluate.output_folder import check_output_folder
+from ..evaluate.tokens import check_vocabulary
 from ..hf import patch_model, save_adapter
+from ..hf.describe import is_causal
+from ..hf.loading import load_base, load_tokenizer, read_config
+from ..hf.sources import check_source, is_adapter
 from .checkpoints import CheckpointKeeper, checkpoint_to_resume
 from .config import AdaptationArguments
 from .data import collate, make_samples
@@ -29,8 +33,8 @@ def prepare(arguments: AdaptationArguments, training: TrainingArguments) -> Trai
         ValueError: anything that cannot work: an unreadable model or text, a pattern that does not fit the model, a
             length beyond its positions, no document long enough, settings that contradict a checkpoint to resume.
     """
-    check_output(Path(str(training.output_dir)))
-    trained_with = arguments.as_json()
+    check_output_folder("output_dir", str(training.output_dir))
+    trained_with = {**arguments.as_json(), **_sample_order(training)}
     checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, str(training.output_dir), trained_with)
     documents = read_documents(arguments.text) if arguments.text else standard_library("train")
     model, tokenizer = _load_base(arguments)
@@ -51,6 +55,7 @@ def prepare(arguments: AdaptationArguments, training: TrainingArguments) -> Trai
         seed=training.seed,
         limit=_samples_wanted(training),
     )
+    check_vocabulary(_largest(samples), model)
     torch.manual_seed(training.seed)  # LoRA's first matrices are random: the dense control gets the same
     adapted = add_lora(model, arguments)
     keeper = CheckpointKeeper(trained_with, training.save_total_limit)
@@ -79,30 +84,22 @@ def run(trainer: Trainer) -> Path:
     return folder
 
 
-def check_output(folder: Path) -> None:
-    """Raise ValueError where the output folder cannot be one."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={folder} is a file; give a folder.")
-
-
 def _load_base(arguments: AdaptationArguments) -> tuple[Any, Any]:
     """Return the base model, on the CPU and in the dtype asked for (the Trainer moves it), and its tokenizer."""
     name = arguments.model
-    if (Path(name) / "adapter_config.json").exists():
+    if is_adapter(name):
         raise ValueError(f"model={name} is an adapter; name the model it was trained on.")
+    check_source(name)
     if Path(name).is_dir():
         name = str(Path(name).resolve())  # the adapter remembers it, and must find it from any folder
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, arguments.dtype), use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    read_config(name, {})  # where it is broken, the tokenizer would be blamed
+    tokenizer = load_tokenizer(name)
+    model = load_base(name, dtype=getattr(torch, arguments.dtype))
+    if not is_causal(model):
         raise ValueError(
-            f"model={arguments.model!r} cannot be loaded ({reason}); "
-            "give the folder or hub id of a causal language model."
-        ) from error
+            f"model={arguments.model} is an encoder: {type(model).__name__} lets a token see the ones it is trained "
+            "to predict; give a causal language model."
+        )
     trained = getattr(model.config, "max_position_embeddings", None)
     if trained and arguments.length > trained:
         raise ValueError(
@@ -115,10 +112,22 @@ def _load_base(arguments: AdaptationArguments) -> tuple[Any, Any]:
 def _samples_wanted(training: TrainingArguments) -> int | None:
     if training.max_steps <= 0:
         return None
-    return (
-        POOL
-        * training.max_steps
-        * training.train_batch_size
-        * training.gradient_accumulation_steps
-        * training.world_size
-    )
+    return POOL * training.max_steps * _samples_per_step(training)
+
+
+def _samples_per_step(training: TrainingArguments) -> int:
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
+def _sample_order(training: TrainingArguments) -> dict[str, Any]:
+    """Return what decides which samples a step sees: a run that goes on with others is another run."""
+    return {
+        "seed": training.seed,
+        "data_seed": training.data_seed,
+        "batch size * gradient_accumulation_steps * processes": _samples_per_step(training),
+    }
+
+
+def _largest(samples: Any) -> int:
+    """Return the largest token id in the samples."""
+    return max(int(batch["input_ids"].max()) for batch in samples.with_format("numpy").iter(1000))

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..hf import settings, settings_to_json
-from ..hf.persist import SIDECAR
+from ..hf.sources import SIDECAR
 
 MANIFEST = "complete.json"  # written last: sizes of all files, and the settings
 
@@ -70,9 +70,12 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 def find_flaw(folder: Path) -> str | None:
     """Return what is missing from a checkpoint, None for a whole one."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, trained_with = manifest["files"], manifest["trained_with"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no readable {MANIFEST}, so it was not written to its end"
+    if not isinstance(files, dict) or not files or not isinstance(trained_with, dict):
+        return f"its {MANIFEST} does not list its files and settings"
     for name, size in files.items():
         path = folder / name
         if not path.is_file():

@@ -102,6 +102,10 @@ class SparseTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = _option(False, "drop the columns that the model's forward does not name")
 
     def __post_init__(self) -> None:
+        _check_least("per_device_train_batch_size", self.per_device_train_batch_size, 1)
+        _check_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be between 0 and {2**32 - 1}, got {self.seed}.")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it, transformers refuses bf16 on a machine that has only its CPU
         super().__post_init__()

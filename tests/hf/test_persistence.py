@@ -136,11 +136,12 @@ def test_an_interrupted_save_does_not_load(adapter, monkeypatch):
         ),
         ("adapter_config.json", None, "has no adapter_config.json"),
         ("adapter_config.json", b"{", "adapter_config.json is not readable JSON"),
-        ("adapter_config.json", b"{}", "names no base model"),
+        ("adapter_config.json", b'{"peft_type": "LORA"}', "names no base model"),
+        ("adapter_config.json", b"{}", "is of the type None, which peft .* does not have; update peft"),
         (
             "adapter_config.json",
-            b'{"base_model_name_or_path": "/no/such/model"}',
-            "there is no base model at '/no/such/model'",
+            b'{"peft_type": "LORA", "base_model_name_or_path": "/no/such/model"}',
+            "the base model of adapter .*: there is no folder /no/such/model; check the spelling",
         ),
     ],
 )
@@ -163,13 +164,15 @@ def test_a_truncated_adapter_and_an_unknown_adapter_type_are_refused(adapter):
     (folder / "adapter_model.safetensors").write_bytes(weights)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "NOTHING"}))
-    with pytest.raises(ValueError, match="does not fit its base model"):
+    with pytest.raises(ValueError, match="is of the type 'NOTHING', which peft"):
         hf_sparse.load(folder)
 
 
 def test_a_damaged_or_missing_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is no model at"):
+    with pytest.raises(ValueError, match=r"there is no folder .*nothing; check the spelling"):
         hf_sparse.load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="the name of the model is empty"):
+        hf_sparse.load("")
     tiny("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="was saved without a pattern"):
         hf_sparse.load(tmp_path / "dense")
@@ -213,3 +216,52 @@ def test_weights_that_are_missing_are_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights of LlamaForCausalLM, such as model\.norm\.weight"):
         hf_sparse.load(tmp_path)
+
+
+def test_a_base_that_lacks_weights_is_refused_except_for_the_head_the_adapter_brings(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForSequenceClassification
+
+    tiny("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    hf_sparse.patch_model(base, "full")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    hf_sparse.save_adapter(model, tmp_path / "adapter")
+    head = hf_sparse.load(tmp_path / "adapter").base_model.model.score.modules_to_save["default"].weight
+    assert torch.equal(head, model.base_model.model.score.modules_to_save["default"].weight)
+
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    config = tmp_path / "adapter" / "adapter_config.json"
+    for task, missing in (
+        ("SEQ_CLS", r"LlamaForSequenceClassification, such as model\.norm\.weight"),
+        ("FEATURE_EXTRACTION", r"LlamaModel, such as norm\.weight"),
+        ("CAUSAL_LM", r"LlamaForCausalLM, such as model\.norm\.weight"),
+    ):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": task}))
+        with pytest.raises(ValueError, match=rf"base lacks 1 weights of {missing}"):
+            hf_sparse.load(tmp_path / "adapter")
+
+
+def test_an_adapter_that_lacks_weights_is_refused(adapter):
+    from safetensors.torch import load_file, save_file
+
+    _, folder, _, _ = adapter
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights.pop(sorted(weights)[0])
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit its base model .*missing adapter keys"):
+        hf_sparse.load(folder)
+
+
+def test_settings_that_cannot_work_are_reported_with_their_file(adapter):
+    _, folder, _, _ = adapter
+    for pattern, message in (
+        ('{"name": "sliding_window", "options": {"window": 0}}', "holds no usable pattern: window must be"),
+        ('{"name": "full"}, "layers": [99]', "does not fit: layers must hold indices"),
+    ):
+        (folder / "sparse_attention.json").write_text(f'{{"version": 1, "pattern": {pattern}}}')
+        with pytest.raises(ValueError, match=f"adapter.sparse_attention.json {message}"):
+            hf_sparse.load(folder)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import hf_sparse
 from hf_sparse.hf import settings
@@ -95,10 +97,61 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_writt
 def test_a_missing_model_and_a_file_as_output_are_refused(arguments, training, tmp_path, text_files):
     wanted = arguments()
     wanted.model = str(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"model='.*nowhere' cannot be loaded \(.*\); give the folder"):
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere; check the spelling"):
         prepare(wanted, training())
-    with pytest.raises(ValueError, match=r"output_dir=.* is a file"):
+    with pytest.raises(ValueError, match=r"output_dir .* is a file"):
         prepare(arguments(), training(text_files[0]))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody may write in")
+def test_an_output_folder_that_cannot_be_made_is_refused_before_the_model_is_read(arguments, training):
+    wanted = arguments()
+    wanted.model = "/nowhere"
+    with pytest.raises(ValueError, match=r"output_dir /proc/zz cannot be written"):
+        prepare(wanted, training("/proc/zz"))
+
+
+def copied(base_folder, folder, model=None):
+    """Return a copy of the base folder, with other weights where a model is given."""
+    shutil.copytree(base_folder, folder)
+    if model is not None:
+        model.save_pretrained(folder)
+    return folder
+
+
+def refused(arguments, training, model):
+    """Return the sentence that refuses a model; nothing may have been written."""
+    wanted, settings = arguments(), training()
+    wanted.model = str(model)
+    with pytest.raises(ValueError) as caught:
+        prepare(wanted, settings)
+    assert not Path(settings.output_dir).exists() and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_encoder_is_not_trained(arguments, training, base_folder, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=4096, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    folder = copied(base_folder, tmp_path / "bert", BertForMaskedLM(config))
+    assert f"model={folder} is an encoder: BertLMHeadModel" in refused(arguments, training, folder)
+
+
+def test_a_base_with_missing_weights_is_not_trained(arguments, training, base_folder, tmp_path):
+    folder = copied(base_folder, tmp_path / "base")
+    kept = load_file(folder / "model.safetensors")
+    del kept["model.layers.1.self_attn.q_proj.weight"]
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    text = refused(arguments, training, folder)
+    assert "lacks 1 weights of LlamaForCausalLM, such as model.layers.1.self_attn.q_proj.weight" in text
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(arguments, training, base_folder, tmp_path):
+    config = LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    folder = copied(base_folder, tmp_path / "small", LlamaForCausalLM(config))
+    assert "but LlamaForCausalLM knows only 0 to 49" in refused(arguments, training, folder)
+    (folder / "tokenizer.json").unlink()
+    text = refused(arguments, training, folder)
+    assert f"the tokenizer of {folder} cannot be loaded" in text and "save_pretrained" in text
 
 
 def test_an_adapter_is_no_base_model(arguments, training, tmp_path):
@@ -189,3 +242,31 @@ def test_checkpoints_say_what_is_wrong_with_them(arguments, training, caplog):
         prepare(arguments(), training(resume_from_checkpoint=str(newest), **steps))
     with pytest.raises(ValueError, match="was trained with lora_r=4, not 2; give another --output_dir"):
         prepare(arguments(lora_r=2), training(resume_from_checkpoint="auto", **steps))
+    for changes, named in (
+        ({"seed": 2}, "seed=1, not 2"),
+        (
+            {"gradient_accumulation_steps": 2},
+            "batch size * gradient_accumulation_steps * processes=2, not 4",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"was trained with {named}; give another")):
+            prepare(arguments(), training(resume_from_checkpoint="auto", **steps, **changes))
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        '{"files": {}}',
+        '{"files": []}',
+        '{"files": {}, "trained_with": null}',
+        '{"files": {"a": 1}, "trained_with": null}',
+        '{"files": 1, "trained_with": {}}',
+        "[]",
+    ],
+)
+def test_a_manifest_that_says_nothing_is_passed_over(tmp_path, manifest, caplog):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "complete.json").write_text(manifest)
+    (tmp_path / "checkpoint-1" / "a").write_text("x")
+    assert last_complete_checkpoint(tmp_path) is None
+    assert "passing over checkpoint" in caplog.text and "complete.json" in caplog.text

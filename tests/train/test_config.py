@@ -101,3 +101,23 @@ def test_mistakes_in_the_file_are_one_sentence(parser, tmp_path, text, message):
 def test_mistakes_on_the_command_line_are_one_sentence(parser, argv, message):
     with pytest.raises(ValueError, match=message):
         parser.parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"per_device_train_batch_size": 0},
+            "per_device_train_batch_size must be a whole number >= 1, got 0",
+        ),
+        (
+            {"gradient_accumulation_steps": 0},
+            "gradient_accumulation_steps must be a whole number >= 1, got 0",
+        ),
+        ({"seed": -1}, "seed must be between 0 and 4294967295, got -1"),
+        ({"seed": 2**70}, f"seed must be between 0 and 4294967295, got {2**70}"),
+    ],
+)
+def test_impossible_training_settings_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        SparseTrainingArguments(output_dir=str(tmp_path), **settings)

@@ -1,0 +1,29 @@
+"""Whether results can be written at all, found out before anything is computed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def check_output_folder(setting: str, wanted: str | os.PathLike[str]) -> None:
+    """Raise ValueError where the folder neither is one nor can be made, or cannot be written; leave nothing behind.
+
+    Args:
+        setting: what the user calls it, to be named in the message.
+    """
+    name = os.fspath(wanted)
+    if not name or "\0" in name:
+        raise ValueError(f"{setting} {name!r} is no name of a folder; name another one.")
+    folder = Path(name)
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            raise ValueError(f"{setting} {name}: {folder} is a file; name a folder.")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ValueError(f"{setting} {name} cannot be written ({reason}); name another folder.") from None
