@@ -13,6 +13,7 @@ from .report import write_atomically
 from .results import Result
 
 LEAST_SPAN = 0.01  # nats/token shown to each side of dense
+FARTHEST = 1.5  # nats/token above the best run: one that lost more is only named, or it would flatten the rest
 
 
 def check_plot() -> None:
@@ -27,6 +28,7 @@ def plot_loss_by_position(result: Result, path: str | os.PathLike[str]) -> Path:
     """Write a PNG: nats per token by position above, and what each sparse run loses to dense below.
 
     The band is the 95 % interval of the loss, over documents; buckets in fewer than 5 documents get none.
+    Runs that lost more than FARTHEST are named in the legend only.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -35,12 +37,16 @@ def plot_loss_by_position(result: Result, path: str | os.PathLike[str]) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = Figure(figsize=(7, 8), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)
     filled = np.flatnonzero(result.position_tokens.sum(axis=0))
     middle = 2.0 ** (filled + 0.5)
+    best = min(result.perplexity(run) for run in result.runs)
     for i, run in enumerate(result.runs):
+        if (excess := float(np.log(result.perplexity(run) / best))) > FARTHEST:
+            above.plot([], [], color=f"C{i}", label=f"{run.title}: off the scale, {excess:.1f} nats above")
+            continue
         style = {"color": f"C{i}", "marker": "o", "markersize": 3, "linestyle": "-" if run.sparse else "--"}
         style["linewidth"] = 1.5 if run.sparse else 3  # a run equal to dense leaves it visible
         above.plot(middle, result.loss_by_position(run)[filled], label=run.title, **style)
@@ -57,7 +63,7 @@ def plot_loss_by_position(result: Result, path: str | os.PathLike[str]) -> Path:
     below.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     low, high = below.get_ylim()
     below.set_ylim(min(low, -LEAST_SPAN), max(high, LEAST_SPAN))  # rounding noise is not a picture
-    above.legend(fontsize="small")
+    figure.legend(loc="outside lower center", fontsize="small")
     above.grid(alpha=0.3)
     below.grid(alpha=0.3)
     buffer = io.BytesIO()
