@@ -13,7 +13,7 @@ from .report import write_atomically
 from .results import Result
 
 LEAST_SPAN = 0.01  # nats/token shown to each side of dense
-FARTHEST = 1.5  # nats/token above the best run: one that lost more is only named, or it would flatten the rest
+FARTHEST = 1.5  # nats/token above the best run; a run that lost more is named, as it would flatten the rest
 
 
 def check_plot() -> None:
