@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ...plan.tiles import Tiles
-from .schedule import Run, Span
+from .schedule import Mask, Run, Span
 from .tiled import TileSpan
 
 # Scores of one tile, per thread: two tiles of float32 fit the second-level cache of a core.
@@ -112,11 +113,16 @@ def run_bias(span: Span, groups: int, run: Run, query: Tensor) -> Tensor | None:
     """Return a span's bias [M, S], M = rows of all `groups` query heads of a key head; None without a mask."""
     if span.mask is None:
         return None
-    allowed = span.mask.allowed(span.width, query.device)
-    if run.empty is not None:
-        # A row without any key is computed over all of them, and its result dropped: a softmax of nothing is nan.
-        allowed = allowed | torch.from_numpy(run.empty).to(query.device)[:, None]
-    return _as_bias(allowed, query.dtype).repeat(groups, 1)
+    if run.empty is None:
+        return _mask_bias(span.mask, span.width, groups, query.dtype, query.device)
+    # A row without any key is computed over all of them, and its result dropped: a softmax of nothing is nan.
+    empty = torch.from_numpy(run.empty).to(query.device)[:, None]
+    return _as_bias(span.mask.allowed(span.width, query.device) | empty, query.dtype).repeat(groups, 1)
+
+
+@lru_cache(maxsize=32)  # a few masks serve all layers and steps; each is some 100 KiB
+def _mask_bias(mask: Mask, width: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _as_bias(mask.allowed(width, device), dtype).repeat(groups, 1)
 
 
 def _as_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
