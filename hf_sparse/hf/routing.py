@@ -79,7 +79,7 @@ def verify_routing(model: PreTrainedModel, layers: tuple[int, ...] | None) -> se
     try:
         with _untouched(model), recording() as recorder, observed_keywords() as keywords:
             model(**_probe_inputs(model))
-    except Exception as error:
+    except Exception as error:  # whatever a foreign architecture's code raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"{name} cannot be patched: a trial forward of 4 tokens failed with {reason}"
