@@ -3,6 +3,11 @@
 
 PYTHON ?= python3
 PIP_INSTALL_ARGS ?=
+# A machine with a GPU comes with a torch that fits it: `make gpu` uses that python as it is and installs nothing.
+GPU_PYTHON ?= $(PYTHON)
+GPU_MINUTES ?= 5
+BENCH_ARGS ?=
+TEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,8 +21,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 help:
 	@echo "make demo   patch, adapt and measure the embedded model; writes demo/ (minutes)"
 	@echo "make test   the tests, without the slow ones and those for a GPU"
-	@echo "make slow   the slow tests        make gpu   the tests for a GPU"
-	@echo "make lint   ruff and mypy         make bench ratios against other attentions"
+	@echo "make slow   the slow tests        make gpu   the tests for a GPU, then the benchmarks there"
+	@echo "make lint   ruff and mypy         make bench ratios against other attentions (BENCH_ARGS=--quick: minutes)"
 	@echo "make venv   only create .venv     make clean remove .venv, demo/ and caches"
 
 venv: $(READY)
@@ -44,8 +49,11 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+# Both parts run, whatever the first one finds.
+gpu:
+	@$(GPU_PYTHON) -m pytest -m gpu tests/backends $(TEST_ARGS); tests=$$?; \
+	$(GPU_PYTHON) -m benchmarks --device cuda --minutes $(GPU_MINUTES) $(BENCH_ARGS); bench=$$?; \
+	exit $$((tests ? tests : bench))
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -53,7 +61,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(BENCH_READY)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,88 +1,205 @@
-"""The peers: each computes causal attention over a window of `window` keys, or dense attention, on [B, H, N, D]."""
+"""What people use today, beside ours: dense attention, a written mask, FlexAttention, local-attention."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+import types
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_sparse import SlidingWindow
-from hf_sparse.backends import Call, attend
+from .encoders import bigbird, longformer
+from .task import Attention, Task, Unavailable
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+GIB = 2**30
 
 
 class Peer(NamedTuple):
-    """An attention function for one window and length.
+    """Somebody else's way to the same attention.
 
-    backward: it can be differentiated on this device.
-    exact: it sees exactly the window; local-attention sees one key more.
+    make: returns the attention of a task; raises Unavailable, or ImportError where a package is missing.
+    applies: tells whether it computes a task's pattern at all.
+    exact: it sees the same pairs as ours; `note` says what it sees where it does not.
+    backward: the kinds of device on which it can be differentiated.
     """
 
     name: str
-    make: Callable[[int, int, torch.device], Attention]
-    backward: bool = True
+    make: Callable[[Task], Attention]
+    applies: Callable[[Task], bool]
     exact: bool = True
+    note: str = ""
+    backward: tuple[str, ...] = ("cpu", "cuda")
 
 
-def _ours(window: int, n: int, device: torch.device) -> Attention:
-    call = Call(SlidingWindow(window=window))
-    return lambda q, k, v: attend(q, k, v, call)
+def dense(task: Task, q_len: int) -> dict[str, Attention]:
+    """Return dense attention by the operator's own choice first, then (CUDA) by each backend it could choose."""
+    causal = task.case.causal and q_len > 1
+    default = partial(scaled_dot_product_attention, is_causal=causal, enable_gqa=task.shape.gqa)
+    found: dict[str, Attention] = {"dense SDPA": default}
+    if task.shape.device.type == "cuda":
+        for backend in (
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+        ):
+            found[f"dense SDPA, {_short(backend)}"] = partial(_by_backend, backend, default)
+    if q_len == 1 and task.shape.gqa:
+        found["dense SDPA, group as rows"] = _group_as_rows
+    return found
 
 
-def _dense(window: int, n: int, device: torch.device) -> Attention:
-    return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)
+def default_backend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
+    """Name the backend that scaled_dot_product_attention chooses by itself for these tensors."""
+    gqa = q.shape[1] != k.shape[1]
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=causal and q.shape[2] > 1, enable_gqa=gqa)
+    return _short(SDPBackend(choice))
 
 
-def _band_mask(window: int, n: int, device: torch.device) -> Attention:
-    """What transformers does for a sliding-window model under SDPA: a full n x n mask."""
-    distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
-    mask = (distance >= 0) & (distance < window)
-    return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def _short(backend: SDPBackend) -> str:
+    return str(backend.name).lower().removesuffix("_attention")
 
 
-def _local_attention(window: int, n: int, device: torch.device) -> Attention:
+def _by_backend(backend: SDPBackend, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return attention(q, k, v)
+
+
+def _group_as_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One new token: the query heads of a group read the same keys, so they may be rows of one head."""
+    rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+    return scaled_dot_product_attention(rows, k, v).reshape(q.shape)
+
+
+def _written_mask(task: Task) -> Attention:
+    """What transformers gives SDPA for a sliding-window model: a full n x n mask."""
+    n, device = task.length, task.shape.device
+    kind = device.type
+    heads = task.shape.heads if task.heads_differ else 1
+    most, size = (16384, 2 * GIB) if kind == "cpu" else (32768, 16 * GIB)
+    if n > most or heads * n * n * task.shape.dtype.itemsize > size:
+        raise Unavailable(
+            f"a mask of {heads} x {n} x {n} is beyond the suite's {size // GIB} GiB or {most} tokens"
+        )
+    mask = torch.empty(1, heads, n, n, dtype=torch.bool, device=device)
+    head = torch.arange(heads, device=device)[:, None, None]
+    key = torch.arange(n, device=device)[None, None, :]
+    for start in range(0, n, 256):
+        query = torch.arange(start, min(start + 256, n), device=device)[None, :, None]
+        mask[0, :, start : start + 256] = task.allowed(head, query, key)
+    return partial(scaled_dot_product_attention, attn_mask=mask, enable_gqa=task.shape.gqa)
+
+
+def _local_attention(task: Task) -> Attention:
     from local_attention import LocalAttention
 
     # Its window is a block; exact_windowsize cuts the keys of the block before to a distance of at most `window`.
     layer = LocalAttention(
-        window_size=window, causal=True, exact_windowsize=True, autopad=True, use_rotary_pos_emb=False
+        window_size=task.case.options["window"],
+        causal=True,
+        exact_windowsize=True,
+        autopad=True,
+        use_rotary_pos_emb=False,
     )
-    return lambda q, k, v: layer(q, k, v)
+    groups = task.shape.heads // task.shape.kv_heads
+    return lambda q, k, v: layer(q, *(x.repeat_interleave(groups, 1) for x in (k, v)))
 
 
-def _flex(window: int, n: int, device: torch.device) -> Attention:
+_numbers = itertools.count()
+
+
+def _compiled(function: Any, *, fullgraph: bool = False) -> Any:
+    """Compile a copy with a code object of its own: recompilations are counted, and limited, per code object."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    copy = types.FunctionType(
+        code, function.__globals__, code.co_name, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(copy, dynamic=False, fullgraph=fullgraph)
+
+
+def _flex(task: Task) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (q - k < window)
+    n, device = task.length, task.shape.device
+    allowed = _predicate(task)
+    heads = task.shape.heads if task.heads_differ else None
+    size, most = 2 * (heads or 1) * n * n, (4 if device.type == "cpu" else 40) * GIB
+    if size > most:
+        raise Unavailable(
+            f"create_block_mask over {heads or 1} x {n} x {n} pairs is beyond the suite's {most // GIB} GiB"
+        )
+    # Eagerly it holds several n x n integers; compiled it evaluates all pairs as well, but keeps few.
+    create: Any = create_block_mask if n <= 4096 else _compiled(create_block_mask)
+    block_mask = create(allowed, None, heads, n, n, device=device.type)
+    gqa = task.shape.gqa
 
-    block_mask = create_block_mask(allowed, None, None, n, n, device=device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=gqa)
+
+    return _compiled(attention, fullgraph=True)
 
 
-def peers(device: torch.device) -> list[Peer]:
-    """Return the peers in the order of the table; the first is dense, the second ours."""
-    return [
-        Peer("dense SDPA, causal", _dense, exact=False),
-        Peer("hf_sparse", _ours),
-        Peer("SDPA with a band mask", _band_mask),
-        Peer("local-attention", _local_attention, exact=False),
-        Peer("FlexAttention, compiled", _flex, backward=device.type == "cuda"),
-    ]
+def _predicate(task: Task) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return the pattern's predicate; lists of positions and drawn blocks become tables, as a user would write them."""
+    causal, device = task.case.causal, task.shape.device
+    if task.case.name in ("longformer", "global_tokens"):
+        chosen = task.case.options["global_tokens" if task.case.name == "longformer" else "positions"]
+        is_global = torch.zeros(task.length, dtype=torch.bool, device=device)
+        is_global[[position for position in chosen if position < task.length]] = True
+        window = task.case.options.get("window", 1)
+
+        def listed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            near = ((q - k) < window) & ((k - q) < window)
+            pairs = near | is_global[k]
+            return pairs & (k <= q) if causal else pairs | is_global[q]
+
+        return listed
+    if task.case.name == "bigbird":
+        block = task.case.options["block"]
+        first = torch.arange(0, task.length, block, device=device)
+        last = (first + block - 1).clamp(max=task.length - 1)
+        table = torch.cat(
+            [
+                task.allowed(torch.tensor([[[head]]], device=device), last[:, None], first[None, :])
+                for head in range(task.shape.heads)
+            ]
+        )
+
+        def drawn(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            pairs = table[h, q // block, k // block]
+            return pairs & (k <= q) if causal else pairs
+
+        return drawn
+    return lambda b, h, q, k: task.allowed(h, q, k)
 
 
-def dense_backend(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Name the backend that scaled_dot_product_attention takes for causal attention on these tensors."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
-            scaled_dot_product_attention(q[:, :, :64], k[:, :, :64], v[:, :, :64], is_causal=True)
-            return backend.name.lower()
-    return "math"
+PEERS = (
+    Peer("SDPA with the pattern's mask", _written_mask, lambda task: True),
+    Peer("FlexAttention, create_block_mask", _flex, lambda task: True, backward=("cuda",)),
+    Peer(
+        "local-attention",
+        _local_attention,
+        lambda task: task.case.name == "sliding_window" and task.case.causal,
+        exact=False,
+        note="sees one key more than the window",
+    ),
+    Peer(
+        "HF LongformerSelfAttention",
+        longformer,
+        lambda task: task.case.name == "longformer" and not task.case.causal,
+        note="attention_window = 2 * window - 2, global tokens with the same projections; without its linear layers",
+    ),
+    Peer(
+        "HF BigBirdBlockSparseAttention",
+        bigbird,
+        lambda task: task.case.name == "bigbird" and not task.case.causal,
+        exact=False,
+        note="draws other random blocks of the same number, in training mode; without its linear layers",
+    ),
+)
+PEER_NAMES = tuple(peer.name for peer in PEERS)

@@ -2,28 +2,69 @@
 
 from .backends import recording
 from .hf import describe, load, patch_model, patched, save_adapter, unpatch_model
-from .patterns import Pattern, available_patterns, get_pattern, register_pattern
+from .hf.recommend import recommended
+from .patterns import (
+    Pattern,
+    PerHead,
+    PerLayer,
+    Union,
+    available_patterns,
+    get_pattern,
+    load_plugin,
+    register_pattern,
+)
+from .patterns.atrous import Atrous
+from .patterns.atrous_local import AtrousLocal
+from .patterns.bigbird import BigBird
+from .patterns.block_local import BlockLocal
+from .patterns.dilated_window import DilatedWindow
 from .patterns.full import Full
+from .patterns.global_tokens import GlobalTokens
+from .patterns.grouped_heads import GroupedHeads
+from .patterns.layered import Layered
 from .patterns.longformer import Longformer
+from .patterns.multi_scale import MultiScale
+from .patterns.random import Random
+from .patterns.shifted import Shifted
 from .patterns.sliding_window import SlidingWindow
+from .patterns.sparse_transformer_fixed import SparseTransformerFixed
+from .patterns.sparse_transformer_strided import SparseTransformerStrided
 from .patterns.streaming_llm import StreamingLLM
 from .patterns.strided import Strided
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Atrous",
+    "AtrousLocal",
+    "BigBird",
+    "BlockLocal",
+    "DilatedWindow",
     "Full",
+    "GlobalTokens",
+    "GroupedHeads",
+    "Layered",
     "Longformer",
+    "MultiScale",
     "Pattern",
+    "PerHead",
+    "PerLayer",
+    "Random",
+    "Shifted",
     "SlidingWindow",
+    "SparseTransformerFixed",
+    "SparseTransformerStrided",
     "StreamingLLM",
     "Strided",
+    "Union",
     "available_patterns",
     "describe",
     "get_pattern",
     "load",
+    "load_plugin",
     "patch_model",
     "patched",
+    "recommended",
     "recording",
     "register_pattern",
     "save_adapter",

@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         report_start(trainer, arguments)
     folder = run(trainer)
     if trainer.is_world_process_zero():
-        print(f"adapter   {folder}\nevaluate  hf-sparse eval {folder}")
+        plugins = "".join(f" --plugin {file}" for file in arguments.plugin or ())
+        print(f"adapter   {folder}\nevaluate  hf-sparse eval {folder}{plugins}")
     return 0
 
 

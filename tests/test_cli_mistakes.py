@@ -1,5 +1,6 @@
 """The command line: every mistake is one sentence on stderr and exit status 2."""
 
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from hf_sparse.cli import main
+from hf_sparse.patterns import registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of libraries, about each other
 
@@ -42,7 +44,7 @@ def mistake(capsys, *arguments):
         (["--pattern", "streaming_llm", "--sinks", "-1"], r"sinks must be >= 0, got -1"),
         (
             ["--pattern", "longformer", "--global-tokens", "1,x"],
-            r"--global-tokens must be a whole number, got 'x'",
+            r"--global-tokens must be whole numbers separated by commas, got '1,x'",
         ),
         (["--pattern", "strided", "--anchor", "middle"], r"anchor must be .* got 'middle'"),
         (["--backend", "fast"], r"unknown backend 'fast'"),
@@ -56,7 +58,13 @@ def mistake(capsys, *arguments):
             ["--pattern", "strided", "--pattern", "full", "--window", "8"],
             r"strided and full have no option --window; their options",
         ),
-        (["--wndow", "3"], r"unrecognized arguments: --wndow 3; see: hf-sparse --help"),
+        (["--wndow", "3"], r"unrecognized arguments: --wndow 3; see: hf-sparse eval --help"),
+        (["--pattern", "sliding_window||full"], r"'sliding_window\|\|full' names no pattern in one place"),
+        (
+            ["--pattern", "full|mine", "--reach", "3"],
+            r"unknown pattern 'mine'\. A pattern .* --plugin FILE\.py",
+        ),
+        (["--pattern", "./none.json"], r"pattern file \./none\.json cannot be read \(No such file"),
         (["--plot"], r"--plot writes .* name one with --output"),
         (["--text", "/nowhere/a.txt"], r"/nowhere/a.txt does not exist"),
         (["--device", "quantum"], r"--device quantum is not usable"),
@@ -214,13 +222,13 @@ def test_output_that_cannot_be_written(tiny_model_folder, texts, tmp_path, capsy
 
 
 def test_interrupt_and_memory(monkeypatch, capsys):
-    from hf_sparse.cli import pictures
+    from hf_sparse.cli import patterns
 
     def raise_(error):
         def run(args):
             raise error
 
-        monkeypatch.setattr(pictures, "run", run)
+        monkeypatch.setattr(patterns, "run", run)
         return main(["patterns"])
 
     assert raise_(KeyboardInterrupt()) == 130
@@ -231,12 +239,124 @@ def test_interrupt_and_memory(monkeypatch, capsys):
         raise_(RuntimeError("a bug"))
 
 
-def test_show_refuses(capsys):
-    assert "unknown pattern 'x'" in mistake(capsys, "show", "x")
-    assert "--length must be between 1 and 128 tokens, got 0" in mistake(
-        capsys, "show", "full", "--length", 0
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["x"], r"unknown pattern 'x'"),
+        (["full", "--length", "0"], r"--length must be between 1 and 128 tokens .*--png FILE.*, got 0"),
+        (["full", "--length", "129"], r"up to 512 with --png FILE.*, got 129"),
+        (
+            ["full", "--length", "513", "--png", "a.png"],
+            r"--length must be between 1 and 512 tokens, got 513",
+        ),
+        (["full", "--window", "3"], r"full has no option --window"),
+        (
+            ["full", "--lengths", "1024,x"],
+            r"--lengths must be whole numbers separated by commas, got '1024,x'",
+        ),
+        (["full", "--lengths", "8,0"], r"--lengths must be numbers of tokens >= 1 .* got '8,0'"),
+        (["full", "--heads", "0"], r"--heads must be >= 1, got 0"),
+        (
+            ["full", "--heads", "6", "--kv-heads", "4"],
+            r"--heads must be a multiple of --kv-heads, got 6 and 4",
+        ),
+        (["full", "--head-dim", "-1"], r"--head-dim must be >= 1, got -1"),
+        (
+            ["full", "--heads", "split"],
+            r"argument --heads: must be a whole number, got 'split'.*--pattern-heads",
+        ),
+        (["full", "--layer", "-1"], r"--layer must be >= 0 .*got -1"),
+        (["full", "--seq-len", "0"], r"--seq-len must be >= 1, got 0"),
+        (["full", "--heads", "200000", "--length", "24"], r"200000 heads of 24 tokens are too many to draw"),
+        (["full", "--dtype", "int8"], r"argument --dtype: invalid choice: 'int8'"),
+        (
+            ["longformer", "--window", "4,8", "--layer", "2"],
+            r"window has 2 entries and the model has 3 layers",
+        ),
+        (["longformer", "--dilation", "1,2", "--heads", "3"], r"dilation has 2 entries and the model has 3"),
+        (["layered", "--layers", "6"], r"--layers of layered cannot be written .* JSON file"),
+        (["full", "--png", "mask.jpg"], r"--png writes a PNG, and 'mask\.jpg' .*end it with \.png"),
+        (["full", "--png", __file__ + "/a.png"], r"is a file; name a folder"),
+        (["full", "--plugin"], r"argument --plugin: expected one argument"),
+    ],
+)
+def test_show_refuses(arguments, expected, capsys):
+    assert re.search(expected, mistake(capsys, "show", *arguments))
+
+
+def test_heads_are_the_reason_where_the_number_of_layers_fits(tmp_path, capsys):
+    per_head = {"per_head": [{"name": "full"}] * 3}
+    (tmp_path / "p.json").write_text(json.dumps({"per_layer": [{"name": "full"}, per_head]}))
+    assert "3 entries and the model has 5 query heads" in mistake(
+        capsys, "show", tmp_path / "p.json", "--heads", 5
     )
-    assert "full has no option --window" in mistake(capsys, "show", "full", "--window", 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"{", r"is not JSON \(Expecting"),
+        (b"\xff\xfe", r"is not JSON"),
+        (b"[" * 100_000, r"is not JSON"),
+        (b"[]", r"holds no usable pattern: a saved pattern must be"),
+        (b'{"union": []}', r"holds no usable pattern: a saved pattern must be"),
+        (
+            b'{"name": "sliding_window", "options": {"window": 0}}',
+            r"holds no usable pattern: window must be >= 1",
+        ),
+        (
+            b'{"per_layer": [{"name": "full"}, {"name": "mine"}]}',
+            r"names the pattern 'mine'.*--plugin FILE\.py",
+        ),
+        (b'{"version": 9, "pattern": {"name": "full"}}', r"has version 9"),
+    ],
+)
+def test_mistakes_in_a_pattern_file(content, expected, tmp_path, capsys):
+    path = tmp_path / "pattern.json"
+    path.write_bytes(content)
+    text = mistake(capsys, "show", path)
+    assert text.startswith(f"the pattern file {path} ") and re.search(expected, text)
+    path.write_text('{"name": "full"}')
+    text = mistake(capsys, "show", path, "--window", 3)
+    assert text == f"--window goes with a named pattern; write it into the options of {path}"
+
+
+PLUGIN = """
+from dataclasses import dataclass
+import hf_sparse
+
+@hf_sparse.register_pattern("flawed")
+@dataclass(frozen=True)
+class Flawed(hf_sparse.Pattern):
+    def allows(self, context, head, query, key):
+        return {allows}
+"""
+
+
+def test_mistakes_in_plugins(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "mine.py"
+    assert "there is no plugin file" in mistake(capsys, "patterns", "--plugin", path)
+    assert "a plugin is a .py file" in mistake(capsys, "show", "full", "--plugin", tmp_path)
+    for content, expected in {
+        "x = 1\n": "registers no pattern",
+        "x = (\n": "raises SyntaxError on line 1",
+        "import no_such_module_at_all\n": "raises ModuleNotFoundError on line 1",
+        PLUGIN.format(allows="key").replace("flawed", "full"): "pattern 'full' is already",
+    }.items():
+        path.write_text(content)
+        assert expected in mistake(capsys, "patterns", "--plugin", path)
+    for i, (allows, expected) in enumerate(
+        {
+            "(key * 1.0)": "returns a tensor of torch.float32 from allows",
+            "key.nothing_like_that": "raises AttributeError in allows",
+            "(key > key.max() - 3)": "allows must look at each pair alone",
+        }.items()
+    ):
+        monkeypatch.setattr(registry, "_PATTERNS", dict(registry._PATTERNS))
+        registry._PATTERNS.pop("flawed", None)
+        own = tmp_path / f"mine{i}.py"
+        own.write_text(PLUGIN.format(allows=allows))
+        assert expected in mistake(capsys, "show", "flawed", "--plugin", own)
 
 
 def test_as_a_program_there_is_no_traceback(tmp_path):

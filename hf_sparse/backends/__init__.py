@@ -1,6 +1,17 @@
 """How attention is computed: `attend` runs one call on the backend that was chosen."""
 
-from .call import Call, CallRecord, Recorder, recording
-from .choose import BACKENDS, attend, check_backend
+from .call import Call, CallRecord, Inputs, Recorder, recording
+from .choose import BACKENDS, Choice, attend, check_backend, preview
 
-__all__ = ["BACKENDS", "Call", "CallRecord", "Recorder", "attend", "check_backend", "recording"]
+__all__ = [
+    "BACKENDS",
+    "Call",
+    "CallRecord",
+    "Choice",
+    "Inputs",
+    "Recorder",
+    "attend",
+    "check_backend",
+    "preview",
+    "recording",
+]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 from ..patterns.base import Pattern
 from ..plan.constraint import Constraint
 
@@ -29,11 +31,26 @@ class Call:
     layer: int = 0
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a backend must know of the tensors of a call to say whether it can run it.
+
+    head_size: the larger of D and Dv.
+    gradients: a backward pass may follow.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_size: int
+    gradients: bool = False
+
+
 @dataclass
 class CallRecord:
     """What really ran: filled by `attend`, read by tests, the patch probe, and the evaluation.
 
-    backend, operator: names, e.g. "torch" and "flash" or "tiled" ("dense" for the reference).
+    backend, operator: names, e.g. "torch" and "flash+tiled", or "flex" and "flex_attention"; "dense" is the operator of
+        the reference, and of `auto` where nothing is sparse about a call.
     pieces: disjoint pieces that ran, over all segments.
     pairs, dense_pairs: (query, key) pairs the plan computed per head, and those of dense attention under the model's
         own constraint, summed over batch rows.

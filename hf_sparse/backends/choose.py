@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..plan.plan import Plan, make_plan
+from ..plan.plan import HeadPlan, Plan, make_plan
 from ..plan.segments import Segments
-from .call import Call, CallRecord, record
+from . import cuda_flash, flex
+from .call import Call, CallRecord, Inputs, record
 from .pieces import operator, torch_attention
 from .reference import reference_attention
+from .sequences import by_sequence
+from .table import order
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "flex", "cuda_flash")
+_OPERATORS = {"flex": "flex_attention", "cuda_flash": "flash_attention"}
+
+
+class Choice(NamedTuple):
+    """What computes a call: a backend, and the operator within it."""
+
+    backend: str
+    operator: str
 
 
 def check_backend(name: str) -> str:
@@ -41,7 +54,8 @@ def attend(
         [B, H, Q, Dv] in the common dtype of the inputs (autocast's where it is on), laid out so that
         ``out.transpose(1, 2)`` is contiguous. Rows that may attend to nothing, padding included, are exactly 0.
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, or dropout outside [0, 1).
+        ValueError: shapes that do not fit, an unknown backend, one that cannot run this call, or dropout outside
+            [0, 1).
     """
     check_backend(backend)
     segments = Segments.whole(query.shape[0], key.shape[2]) if segments is None else segments
@@ -49,15 +63,12 @@ def attend(
     query, key, value = _one_dtype(query, key, value)
     heads, q_len = query.shape[1:3]
     plans = _sequence_plans(call, segments, heads, q_len)
-    if backend == "reference":
-        out = reference_attention(query, key, value, call, segments)
-        name = "dense"
-    elif backend == "auto" and _is_dense(call, segments, plans, q_len, query.device.type):
-        out, name = _dense(query, key, value, call), "dense"
-    else:
-        out = torch_attention(query, key, value, call, segments, plans)
-        name = operator(call, query.device)
-    made = CallRecord(call.layer, "reference" if backend == "reference" else "torch", name)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    width = max(query.shape[-1], value.shape[-1])
+    inputs = Inputs(query.device, query.dtype, width, gradients)
+    choice = choose(call, inputs, segments, plans, q_len, backend)
+    out = _compute(query, key, value, call, segments, plans, choice)
+    made = CallRecord(call.layer, choice.backend, choice.operator)
     for segment, plan in zip(segments.entries, plans, strict=True):
         if plan is not None:
             rows = segment.rows.stop - segment.rows.start
@@ -66,6 +77,80 @@ def attend(
             made.dense_pairs += plan.dense_pairs * heads * rows
     record(made)
     return out
+
+
+def choose(
+    call: Call,
+    inputs: Inputs,
+    segments: Segments,
+    plans: list[Plan | None],
+    q_len: int,
+    backend: str = "auto",
+) -> Choice:
+    """Return what computes a call of `q_len` queries.
+
+    Raises:
+        ValueError: `backend` is no backend, or cannot run this call; the message has every reason.
+    """
+    check_backend(backend)
+    device = inputs.device.type
+    if backend == "reference":
+        return Choice("reference", "dense")
+    if backend == "auto" and _is_dense(call, segments, plans, q_len, device):
+        return Choice("torch", "dense")
+    if backend == "auto":
+        queries = max((plan.q_len for plan in plans if plan is not None), default=0)
+        wanted = order(device, str(inputs.dtype).removeprefix("torch."), queries)
+        backend = next(name for name in wanted if not _reasons(name, call, inputs, plans))
+    elif reasons := _reasons(backend, call, inputs, plans):
+        raise ValueError(
+            f"backend={backend!r} cannot run this call: {'; '.join(reasons)}; "
+            f"use backend='auto' to let hf_sparse choose"
+        )
+    return Choice(backend, operator(call, inputs.device) if backend == "torch" else _OPERATORS[backend])
+
+
+def preview(call: Call, inputs: Inputs, *, heads: int, length: int, backend: str = "auto") -> Choice:
+    """Return what would compute the call for one sequence of `length` tokens without a cache.
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    segments = Segments.whole(1, length)
+    return choose(call, inputs, segments, _sequence_plans(call, segments, heads, length), length, backend)
+
+
+def _reasons(backend: str, call: Call, inputs: Inputs, plans: list[Plan | None]) -> list[str]:
+    """Return why a backend cannot run a call; nothing where it can."""
+    if backend == "flex":
+        return flex.unsupported(call, inputs, plans)
+    if backend == "cuda_flash":
+        return cuda_flash.unsupported(call, inputs, plans)
+    return []
+
+
+def _compute(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    segments: Segments,
+    plans: list[Plan | None],
+    choice: Choice,
+) -> Tensor:
+    if choice.backend == "reference":
+        return reference_attention(query, key, value, call, segments)
+    if choice.operator == "dense":
+        return _dense(query, key, value, call)
+    if choice.backend == "torch":
+        return torch_attention(query, key, value, call, segments, plans)
+    run = flex.flex_attention if choice.backend == "flex" else cuda_flash.flash_attention
+
+    def run_group(q: Tensor, k: Tensor, v: Tensor, plan: Plan, group: HeadPlan) -> Tensor:
+        return run(q, k, v, call, plan, group)
+
+    out = by_sequence(run_group, query, key, value, segments, plans)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _sequence_plans(call: Call, segments: Segments, heads: int, q_len: int) -> list[Plan | None]:
@@ -84,6 +169,7 @@ def _sequence_plans(call: Call, segments: Segments, heads: int, q_len: int) -> l
                 heads=heads,
                 layer=call.layer,
                 first=segment.first,
+                chosen=segment.chosen,
             )
         plans.append(plan)
     return plans

@@ -18,8 +18,15 @@ def allowed_pairs(call: Call, segments: Segments, heads: int, q_len: int) -> Ten
         slots = torch.arange(k_len)[segment.slots]
         positions = segment.first + torch.arange(len(slots))
         is_query = slots >= k_len - q_len
+        context = call.constraint.context(
+            call.pattern,
+            layer=call.layer,
+            heads=heads,
+            length=segment.first + len(slots),
+            chosen=segment.chosen,
+        )
         pairs = call.constraint.allowed(
-            call.pattern, call.layer, head, positions[is_query][None, :, None], positions[None, None, :]
+            call.pattern, context, head, positions[is_query][None, :, None], positions[None, None, :]
         )
         queries = slots[is_query] - (k_len - q_len)
         rows = torch.arange(segments.batch)[segment.rows]

@@ -11,9 +11,9 @@ from typing import NoReturn
 
 # Each command is a module with add_arguments(parser) and run(args), imported when it is asked for.
 COMMANDS = {
-    "eval": ("eval", "measure the perplexity of a model, dense and with sparse patterns, on the same tokens"),
-    "patterns": ("pictures", "list the patterns with their options"),
-    "show": ("pictures", "draw what a pattern lets each token see"),
+    "eval": "measure the perplexity of a model, dense and with sparse patterns, on the same tokens",
+    "patterns": "list the patterns with their options",
+    "show": "draw what a pattern lets each token see, and say what it costs",
 }
 
 
@@ -28,8 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after a mistake (one sentence on stderr), 130 on Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        parsed = _parser(arguments).parse_args(arguments)
-        importlib.import_module(f".{COMMANDS[parsed.command][0]}", __name__).run(parsed)
+        plugins = _plugin_parser()
+        _load_plugins(plugins.parse_known_args(arguments)[0].plugin)
+        parsed, unknown = _parser(arguments, plugins).parse_known_args(arguments)
+        if unknown:
+            _refuse(unknown, parsed)
+        importlib.import_module(f".{parsed.command}", __name__).run(parsed)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("hf-sparse: interrupted", file=sys.stderr)
@@ -51,17 +55,51 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _parser(arguments: Sequence[str]) -> Parser:
+def _refuse(unknown: Sequence[str], parsed: argparse.Namespace) -> NoReturn:
+    """Raise ValueError for arguments nobody knows: where a pattern is unknown too, they may be its options."""
+    from .spelling import check_names
+
+    check_names(parsed)
+    raise ValueError(f"unrecognized arguments: {' '.join(unknown)}; see: hf-sparse {parsed.command} --help")
+
+
+def _plugin_parser() -> Parser:
+    """Return a parser of --plugin alone: the files are loaded first, as their patterns bring options."""
+    parser = Parser(prog="hf-sparse", add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--plugin",
+        metavar="FILE.py",
+        action="append",
+        default=[],
+        help="Python file with patterns of your own, may be repeated; only name files you trust: they are run",
+    )
+    return parser
+
+
+def _load_plugins(files: Sequence[str]) -> None:
+    if files:
+        from ..patterns import load_plugin
+
+        for file in dict.fromkeys(map(os.path.realpath, files)):
+            load_plugin(file)
+
+
+def _parser(arguments: Sequence[str], plugins: Parser) -> Parser:
     parser = Parser(
-        prog="hf-sparse", description="Sparse attention patterns for Hugging Face models.", allow_abbrev=False
+        prog="hf-sparse",
+        description="Sparse attention patterns for Hugging Face models.",
+        parents=[plugins],
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", parents=[plugins]
+        )
         command.allow_abbrev = False
         if name in arguments:  # the others stay unread: their options may need slow imports
-            importlib.import_module(f".{module}", __name__).add_arguments(name, command)
+            importlib.import_module(f".{name}", __name__).add_arguments(command)
     return parser
 
 

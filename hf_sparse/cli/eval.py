@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends import BACKENDS
 from ..documents import Document, read_documents, standard_library
+from ..patterns import Pattern
 from .models import CONTROL, add_model_arguments, load_model
-from .options import add_pattern_options, read_patterns
+from .options import add_pattern_options
+from .spelling import PATTERN_HELP, read_patterns
 
 if TYPE_CHECKING:
     from ..evaluate import Result
@@ -19,14 +21,15 @@ LIBRARY_DOCUMENTS = 32  # of the standard library, where neither texts nor a num
 PLOT = "loss_by_position.png"
 
 
-def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--pattern",
-        metavar="NAME",
+        metavar="PATTERN",
         action="append",
         default=[],
-        help="pattern to measure, may be repeated (default: the one the model or adapter was saved with)",
+        help=f"pattern to measure, may be repeated (default: the one the model or adapter was saved with): "
+        f"{PATTERN_HELP}; options that adapt to the length are resolved for --length".replace("%", "%%"),
     )
     parser.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)} (default auto)")
     parser.add_argument(
@@ -52,7 +55,11 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", help="folder for results.json and per_document.jsonl")
     parser.add_argument("--plot", action="store_true", help=f"also write {PLOT} into the output folder")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of patterns that draw and of the intervals (default 0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the intervals (default 0); what patterns draw hangs on --pattern-seed",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_pattern_options(parser)
@@ -63,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     documents = _documents(args)
     _check_output(args)
     _check_numbers(args)
+    patterns = [p.resolve(args.length) if isinstance(p, Pattern) else p for p in patterns]
 
     from ..evaluate import perplexity, table
     from ..hf import settings

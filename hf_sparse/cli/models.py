@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import warnings
 from typing import Any
+
+from .spelling import check_stored
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CONTROL = "control"  # what peft calls the second adapter
@@ -100,11 +104,24 @@ def _load_patched(base: str, adapter: str | None, args: argparse.Namespace) -> t
         raise ValueError(
             f"adapter {adapter} has no {SIDECAR}, so its pattern is unknown; name one with --pattern."
         )
-    saved = read_sidecar(adapter) if adapter and os.path.exists(str(sidecar)) else None
-    dense = stored_settings(read_config(base, {}), base) is None
+    saved = None
+    if adapter and os.path.exists(str(sidecar)):
+        _check_sidecar(str(sidecar))
+        saved = read_sidecar(adapter)
+    config = read_config(base, {})
+    check_stored(getattr(config.get_text_config(), "sparse_attention", None), f"the config of {base}")
+    dense = stored_settings(config, base) is None
     tokenizer = load_tokenizer(base)
     model = load_base(base, dtype=args.dtype) if dense else load(base, dtype=args.dtype)
     return (model if saved is None else patch_as_saved(model, saved, str(sidecar))), tokenizer
+
+
+def _check_sidecar(path: str) -> None:
+    """Raise ValueError where the pattern saved with an adapter is unknown; `read_sidecar` says what else is wrong."""
+    saved = None
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        saved = json.load(file)
+    check_stored(saved, path)
 
 
 def _device(name: str | None) -> Any:

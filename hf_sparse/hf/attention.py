@@ -15,10 +15,12 @@ from transformers.utils.output_capturing import _active_collector
 from ..backends import Call, attend
 from ..backends.reference import reference_attention
 from ..plan import Constraint, Segments
-from .mask import SparseMask
-from .stored_settings import settings_for
+from .global_projections import projecting, replace_global_rows
+from .mask import SparseMask, running_forwards
+from .stored_settings import pattern_of_layer, settings_for
 
 LONGEST_WEIGHTS = 2048  # keys up to which output_attentions=True is answered: the weights are quadratic
+GLOBALS = "global_attention_mask"
 POSITIONS = "packed_position_ids"  # how a model that keeps its position ids to itself hands them on
 # Keyword arguments that transformers hands through and that do not change what attention computes.
 _HARMLESS_TENSORS = {
@@ -92,28 +94,29 @@ def sparse_attention(
     positions = kwargs.get("position_ids") if kwargs.get(POSITIONS) is None else kwargs[POSITIONS]
     segments = mask.sequences(positions, kwargs.get("cu_seq_lens_q"))
     layer = getattr(module, "layer_idx", None)
-    if layer is None and mask.settings.layers is not None:
-        raise ValueError(
-            f"{type(module).__name__} does not know which layer it is, so layers={list(mask.settings.layers)} cannot "
-            f"be told apart; patch every layer"
-        )
     call = Call(
-        pattern=mask.settings.pattern_at(layer),
+        pattern=pattern_of_layer(mask.settings, layer, type(module).__name__),
         constraint=mask.constraint,
         scale=scaling,
         softcap=softcap,
         dropout=dropout if module.training else 0.0,
         layer=layer or 0,
     )
-    out = attend(query, key, value, call, segments, mask.settings.backend)
+    out = attend(query, key, value, call, segments, mask.settings.backend).transpose(1, 2).contiguous()
+    out = replace_global_rows(module, query, key, value, out, call, segments, trial=probe is not None)
     weights = _weights(query, key, call, segments, mask.shape[-1]) if _wanted(output_attentions) else None
-    return out.transpose(1, 2).contiguous(), weights
+    return out, weights
 
 
 def _refuse(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if value is None:
             continue
+        if name == GLOBALS:
+            raise ValueError(
+                f"{GLOBALS} is understood by a model that hf_sparse.patch_model or hf_sparse.load has prepared, "
+                f"attn_implementation='sparse_...' alone does not; call patch_model"
+            )
         if name in _REFUSED:
             raise ValueError(
                 f"{type(module).__name__} passes {name!r} to attention ({_REFUSED[name]}), which sparse patterns "
@@ -145,9 +148,15 @@ def _sparse_mask(
             f"pattern says by rule; pass a 2-D padding mask [batch, tokens], or position_ids that "
             f"restart for packed samples"
         )
+    config: Any = module.config
+    if any(f.flags is not None and f.config is config for f in running_forwards()):
+        raise ValueError(
+            f"{type(module).__name__} attends without a mask, so global tokens of a call cannot reach it; make tokens "
+            f"global by their positions, as an option of the pattern"
+        )
     q_len, k_len = query.shape[2], key.shape[2]
     return SparseMask(
-        settings_for(module.config),
+        settings_for(config),
         Constraint(causal=bool(causal), window=window),
         Segments.whole(query.shape[0], k_len),
         q_len,
@@ -165,6 +174,11 @@ def _wanted(output_attentions: bool | None) -> bool:
 def _weights(query: Tensor, key: Tensor, call: Call, segments: Segments, buffer: int) -> Tensor:
     """Return the attention weights [B, H, Q, K] without dropout, 0 for key slots not yet filled."""
     k_len = key.shape[2]
+    if projecting(call.pattern, call.layer, query.shape[1]) is not None:
+        raise ValueError(
+            "output_attentions=True asks for one weight per pair, but with global_projections=True global queries and "
+            "other queries weigh different keys; leave output_attentions out"
+        )
     if k_len > LONGEST_WEIGHTS:
         raise ValueError(
             f"output_attentions=True needs the {query.shape[2]} x {k_len} weights that sparse attention avoids; it is "

@@ -6,15 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..backends import Call
-from ..backends.pieces import operator
-from ..patterns import Pattern, Union
-from ..plan import Constraint
-from ..plan.cost import cost
+from ..backends import Call, Inputs, preview
+from ..patterns import Pattern
+from ..plan import Constraint, Cost, cost
 from .patch import is_switched, settings, unwrap
-from .routing import attention_layers
-from .stored_settings import SparseSettings, settings_from_json
+from .routing import attention_layers, is_causal
+from .stored_settings import SparseSettings, query_heads, settings_from_json
 
 
 def describe(model: nn.Module, seq_len: int | None = None) -> str:
@@ -37,35 +36,76 @@ def describe(model: nn.Module, seq_len: int | None = None) -> str:
         return "\n".join(lines)
     current = settings(base)
     assert current is not None
-    routed = attention_layers(config)
-    active = [i for i in routed if current.layers is None or i in current.layers]
+    routed, length = attention_layers(config), _length(config, seq_len)
+    costs = {layer: _layer_cost(base, config, current, layer, length) for layer in routed}
+    sparse = [layer for layer in routed if _leaves_out(current.pattern_at(layer), layer, length, base)]
     lines = [
         f"{name}: sparse attention",
         f"pattern   {current.pattern}",
-        f"layers    {len(active)} of {len(routed)} sparse" + _names(active, routed),
-        f"backend   {_backend(base, current, config)}",
+        f"layers    {len(sparse)} of {len(routed)} sparse" + _names(sparse, routed),
+        f"backend   {_backend(base, current, config, sparse or list(routed), length)}",
     ]
     lines += _native(current.pattern, config)
-    lines += _cost(base, config, current, active, routed, seq_len)
+    lines += _globals(current.pattern)
+    lines.append(_cost(list(costs.values()), [costs[layer] for layer in sparse], length, is_causal(base)))
     return "\n".join(lines)
 
 
-def _names(active: list[int], routed: tuple[int, ...]) -> str:
-    return "" if len(active) == len(routed) else f" ({', '.join(map(str, active))}); the others dense"
+def _length(config: Any, seq_len: int | None) -> int:
+    return seq_len or min(8192, getattr(config, "max_position_embeddings", None) or 8192)
 
 
-def _backend(base: nn.Module, current: SparseSettings, config: Any) -> str:
+def _names(sparse: list[int], routed: tuple[int, ...]) -> str:
+    """Return which layers are sparse; a layer whose pattern leaves nothing out is dense."""
+    if not sparse:
+        return "; at this length the pattern leaves nothing out"
+    return "" if len(sparse) == len(routed) else f" ({', '.join(map(str, sparse))}); the others dense"
+
+
+def _leaves_out(pattern: Pattern, layer: int, n: int, base: PreTrainedModel) -> bool:
+    """True where a layer's pattern, apart from the model's own limits, leaves out some of the pairs of `n` tokens."""
+    heads = query_heads(base.config.get_text_config())
+    alone = cost(pattern, n, constraint=Constraint(is_causal(base)), heads=heads, layer=layer)
+    return alone.pairs < alone.dense_pairs
+
+
+def _globals(pattern: Pattern) -> list[str]:
+    if not pattern.takes_globals:
+        return []
+    ids = f", and the tokens {pattern.global_token_ids} of the input" if pattern.global_token_ids else ""
+    return [f"globals   besides, those of each call's global_attention_mask{ids}; not counted below"]
+
+
+def _backend(
+    base: PreTrainedModel, current: SparseSettings, config: Any, sparse: list[int], length: int
+) -> str:
+    """Return what computes the first sparse layer, without gradients and, where that differs, in training."""
     if current.backend == "reference":
         return "reference: dense masked softmax, quadratic"
     softcap, rate = getattr(config, "attn_logit_softcapping", None), _dropout(config)
-    call = Call(current.pattern, softcap=softcap)
-    device = next(base.parameters()).device
-    usual, training = operator(call, device), operator(replace(call, dropout=rate), device)
-    line = f"{current.backend}: torch, operator {usual}"
+    heads = query_heads(config) or 1
+    parameter = next(base.parameters())
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    constraint = Constraint(is_causal(base))
+    call = Call(current.pattern_at(sparse[0]), constraint, softcap=softcap, layer=sparse[0])
+    inputs = Inputs(parameter.device, parameter.dtype, size, False)
+    usual = preview(call, inputs, heads=heads, length=length, backend=current.backend)
+    try:
+        training = preview(
+            replace(call, dropout=rate),
+            replace(inputs, gradients=True),
+            heads=heads,
+            length=length,
+            backend=current.backend,
+        )
+        also = f"{training.backend}, operator {training.operator}" if training != usual else ""
+    except ValueError as reason:  # an explicit backend that only computes forward
+        also = f"refused ({reason})"
+    line = f"{current.backend}: {usual.backend}, operator {usual.operator}"
     if softcap is not None:
         line += f" (scores are soft-capped at {softcap})"
-    if rate:
-        line += f"; {training} in training (attention dropout is {rate})"
+    if also:
+        line += f"; in training {also}" + (f" (attention dropout is {rate})" if rate else "")
     if current.backend == "auto":
         line += "; dense where the pattern covers everything"
     return line
@@ -82,11 +122,7 @@ def _native(pattern: Pattern, config: Any) -> list[str]:
     lines = []
     if window is not None:
         where = f"{kinds.count('sliding_attention')} of {len(kinds)} layers" if kinds else "every layer"
-        far = [
-            m
-            for m in (pattern.members if isinstance(pattern, Union) else (pattern,))
-            if _reaches_beyond(m, window)
-        ]
+        far = [leaf for leaf in _leaves(pattern) if _reaches_beyond(leaf, window, config)]
         lost = (
             f"; there it removes what {' and '.join(map(str, far))} allows farther away (sinks, globals, strides)"
             if far
@@ -113,54 +149,47 @@ def native_window(config: Any) -> int | None:
     return int(window) + 1 if config.model_type == "modernbert" else int(window)
 
 
-def _reaches_beyond(pattern: Pattern, window: int) -> bool:
-    """True where some query may see a key at a distance of at least `window`."""
+def _leaves(pattern: Pattern) -> list[Pattern]:
+    """Return the patterns that `pattern` is made of, each once."""
+    return list(dict.fromkeys(leaf for m in pattern.members for leaf in _leaves(m))) or [pattern]
+
+
+def _reaches_beyond(pattern: Pattern, window: int, config: Any) -> bool:
+    """True where some query of some head and layer may see a key at a distance of at least `window`."""
     far = 4 * window
-    return bool(pattern.mask(1, far + 1)[..., : far - window + 1].any())
+    layers = range(config.num_hidden_layers) if pattern.per_layer else (0,)
+    masks = (pattern.mask(1, far + 1, heads=query_heads(config), layer=layer) for layer in layers)
+    return any(bool(mask[..., : far - window + 1].any()) for mask in masks)
 
 
-def _cost(
-    base: nn.Module,
-    config: Any,
-    current: SparseSettings,
-    active: list[int],
-    routed: tuple[int, ...],
-    seq_len: int | None,
-) -> list[str]:
-    n = seq_len or min(8192, getattr(config, "max_position_embeddings", None) or 8192)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    causal = is_causal(base)
-    costs = [
-        cost(
-            current.pattern_at(layer),
-            n,
-            constraint=layer_constraint(config, layer, causal),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype_bytes=next(base.parameters()).element_size(),
-            layer=layer,
-        )
-        for layer in routed
-    ]
-    sparse = [costs[routed.index(layer)] for layer in active]
-    density = sum(c.pairs for c in sparse) / sum(c.dense_pairs for c in sparse)
-    whole = sum(c.pairs for c in costs) / sum(c.dense_pairs for c in costs)
-    line = f"cost      at {n:,} tokens: density {density:.3f} in the sparse layers, {whole:.3f} in all; "
+def _layer_cost(base: nn.Module, config: Any, current: SparseSettings, layer: int, n: int) -> Cost:
+    heads = query_heads(config)
+    return cost(
+        current.pattern_at(layer),
+        n,
+        constraint=layer_constraint(config, layer, is_causal(base)),
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype_bytes=next(base.parameters()).element_size(),
+        layer=layer,
+    )
+
+
+def _cost(costs: list[Cost], sparse: list[Cost], n: int, causal: bool) -> str:
+    line = f"cost      at {n:,} tokens: "
+    if sparse:
+        line += f"density {_density(sparse):.3f} in the sparse layers, {_density(costs):.3f} in all; "
+    else:
+        line += "density 1.000, as dense attention; "
     line += f"{sum(c.flops for c in costs) / 1e9:.3g} GFLOP of attention per forward"
     if causal:
         line += f", {sum(c.kv_bytes_per_step for c in costs) / 2**20:.3g} MiB of keys and values read per decoded token"
-    return [line]
+    return line
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Return whether the model's attention modules are causal; encoders are not."""
-    if getattr(model.config, "is_causal", None) is False:
-        return False
-    flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    return any(flags) if flags else True
+def _density(costs: list[Cost]) -> float:
+    return sum(c.pairs for c in costs) / sum(c.dense_pairs for c in costs)
 
 
 def layer_constraint(config: Any, layer: int, causal: bool) -> Constraint:

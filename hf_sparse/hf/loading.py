@@ -24,14 +24,18 @@ _REASON = 240  # characters of another library's message that are quoted
 def read_config(source: str, kwargs: dict[str, Any]) -> Any:
     """Return the model's config; of `kwargs` those are used that say where on the hub it is."""
     check_path(source)
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     try:
-        return AutoConfig.from_pretrained(source, **hub)
+        return AutoConfig.from_pretrained(source, **hub_arguments(kwargs))
     except Exception as error:  # a broken file makes any part of transformers stumble
         raise ValueError(
             f"the config of {source} cannot be loaded ({reason(error)}); "
             f"give a folder or hub id with a config.json that transformers {transformers.__version__} knows"
         ) from error
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return those of ``from_pretrained``'s arguments that say where on the hub a model is."""
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
 
 
 def stored_settings(config: Any, source: str) -> SparseSettings | None:

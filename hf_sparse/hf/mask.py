@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import Call
 from ..backends.reference import allowed_pairs
 from ..patterns import get_pattern
 from ..plan import Constraint, Segments
 from .overlays import read_mask_function
-from .stored_settings import SparseSettings, settings_for
+from .stored_settings import PREFIX, SparseSettings, settings_for
 
 
 class SparseMask:
-    """What the attention calls of one forward pass have in common: sequences and the host's constraint.
+    """What the attention calls of one forward pass share: sequences, their global tokens, and the host's constraint.
 
     Transformers hands it from the mask function to the attention function untouched; on the way it is asked for the
     attributes of a [B, 1, Q, K] bool tensor. A plain class on purpose: FSDP rebuilds dataclasses. It holds no reference
@@ -24,9 +26,13 @@ class SparseMask:
     """
 
     __slots__ = (
+        "_chosen",
         "_recovered",
         "constraint",
         "device",
+        "first_slot",
+        "flags",
+        "globals_known",
         "k_len",
         "may_be_packed",
         "q_len",
@@ -46,10 +52,12 @@ class SparseMask:
         buffer: int,
         device: torch.device,
         may_be_packed: bool = False,
+        first_slot: int = 0,
     ) -> None:
         """Describe a call of the last `q_len` of the ``segments.k_len`` keys, held in `buffer` >= that many slots.
 
         may_be_packed: position ids that restart may still divide the rows: nothing is padded, packed or cached.
+        first_slot: place of key slot 0 among all tokens seen.
         """
         self.settings = settings
         self.constraint = constraint
@@ -59,7 +67,11 @@ class SparseMask:
         self.shape = torch.Size((segments.batch, 1, q_len, buffer))
         self.device = torch.device(device)
         self.may_be_packed = may_be_packed
+        self.first_slot = first_slot
+        self.globals_known = False
+        self.flags: Tensor | None = None
         self._recovered: tuple[Tensor, Segments] | None = None
+        self._chosen: tuple[Segments, Segments] | None = None
 
     def dim(self) -> int:
         return self.ndim
@@ -84,6 +96,18 @@ class SparseMask:
         copy.device = torch.device(device)
         return copy
 
+    def with_globals(self, flags: Tensor | None) -> SparseMask:
+        """Return a copy that knows the global tokens of the call.
+
+        Args:
+            flags: [B, tokens seen and new] bool, on the CPU; None for none.
+        """
+        copy = self.to()
+        copy.globals_known, copy._chosen = True, None
+        stop = self.first_slot + self.k_len
+        copy.flags = None if flags is None or not bool(flags.any()) else flags[:, self.first_slot : stop]
+        return copy
+
     def dense(self) -> Tensor:
         """Return the host's own mask [B, 1, Q, K], without the pattern; quadratic, for code that needs a tensor."""
         allowed = allowed_pairs(Call(get_pattern("full"), self.constraint), self.segments, 1, self.q_len)
@@ -93,14 +117,29 @@ class SparseMask:
         return self.dense()[index]
 
     def sequences(self, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> Segments:
-        """Return the segments, divided where packed samples show in the call's own arguments.
+        """Return the segments with their global tokens, divided where the call's own arguments show packed samples.
 
         Transformers looks for packed samples only where there is no cache and no mask, yet makes a cache by default.
 
         Args:
             position_ids: [B or 1, Q] int64; a sample begins wherever they do not go up by 1.
             cu_seq_lens: [samples + 1] int32, first slots of the samples of the only row.
+        Raises:
+            ValueError: the pattern looks for tokens in the input and nothing has looked.
         """
+        if not self.globals_known and (wanted := self.settings.pattern.global_token_ids):
+            raise ValueError(
+                f"token_ids={wanted} are found by a model that hf_sparse.patch_model or hf_sparse.load has prepared; "
+                f"attn_implementation={PREFIX + self.settings.pattern.name!r} alone does not look for them"
+            )
+        segments = self._divided(position_ids, cu_seq_lens)
+        if self.flags is None:
+            return segments
+        if self._chosen is None or self._chosen[0] is not segments:
+            self._chosen = (segments, segments.choose(self.flags))
+        return self._chosen[1]
+
+    def _divided(self, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> Segments:
         source = cu_seq_lens if cu_seq_lens is not None and self.segments.batch == 1 else position_ids
         if source is None or not self.may_be_packed:
             return self.segments
@@ -108,6 +147,26 @@ class SparseMask:
             labels = _sample_labels(source, source is cu_seq_lens, self.segments.batch, self.q_len)
             self._recovered = (source, self.segments if labels is None else Segments.from_labels(labels))
         return self._recovered[1]
+
+
+@dataclass
+class Forward:
+    """A forward in progress of a model that makes masks; flags: [B, tokens seen and new] bool, its global tokens."""
+
+    module: nn.Module
+    flags: Tensor | None = None
+
+    @property
+    def config(self) -> Any:
+        return self.module.config
+
+
+_running = threading.local()
+
+
+def running_forwards() -> list[Forward]:
+    """Return the forwards in progress in this thread whose global tokens are known, the innermost last."""
+    return _running.__dict__.setdefault("forwards", [])
 
 
 def _sample_labels(source: Tensor, cumulative: bool, batch: int, q_len: int) -> Tensor | None:
@@ -158,7 +217,7 @@ def make_mask(
             f"cross-attention and prefix tuning cannot run under a sparse pattern; use the dense attention"
         )
     segments, padded = _segments(attention_mask, host_mask.labels, batch_size, kv_offset, k_len)
-    return SparseMask(
+    mask = SparseMask(
         settings,
         host_mask.constraint,
         segments,
@@ -166,7 +225,10 @@ def make_mask(
         kv_length,
         device,
         may_be_packed=not padded and host_mask.labels is None and q_length == k_len,
+        first_slot=kv_offset,
     )
+    forwards = running_forwards()
+    return mask.with_globals(forwards[-1].flags) if forwards and forwards[-1].config is config else mask
 
 
 def _segments(

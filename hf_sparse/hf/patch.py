@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,15 +12,33 @@ from transformers import PreTrainedModel
 
 from ..backends import check_backend
 from ..patterns import Pattern, get_pattern
+from ..patterns.probe import check_predicate
+from .global_projections import projections, put_projections, remove_projections, set_projections
+from .global_tokens import (
+    GLOBAL_HOOKS,
+    add_global_hooks,
+    check_globals_arrive,
+    let_generate_take_globals,
+    remove_global_hooks,
+)
+from .hooks import add_hook, find_hooks, remove_hooks
 from .routing import (
+    POSITION_HOOKS,
     add_position_hook,
-    position_hooks,
+    is_causal,
     refuse_unroutable,
-    remove_position_hooks,
     text_config_key,
     verify_routing,
 )
-from .stored_settings import PREFIX, SparseSettings, attention_name, settings_for, settings_to_json
+from .stored_settings import (
+    PREFIX,
+    SparseSettings,
+    attention_name,
+    check_fit,
+    query_heads,
+    settings_for,
+    settings_to_json,
+)
 
 M = TypeVar("M", bound=nn.Module)
 _RESTORE = "_hf_sparse_replaced"  # attribute of a patched model: the attention implementation it had before
@@ -37,20 +55,28 @@ def patch_model(
 ) -> M:
     """Make every attention layer of `model` run under `pattern`, and return the model.
 
+    Where the pattern takes globals, the model's forward and generate() take ``global_attention_mask``, [B, N] with 1
+    for each global token, as transformers' Longformer does; with a cache, for all tokens seen or the new ones alone.
+
     Patching again replaces the pattern. The settings are kept in ``model.config.sparse_attention`` and saved with the
     model; `hf_sparse.load` restores them.
 
     Args:
-        pattern: a registered name, which takes `options`, or a pattern object or union such as
-            ``SlidingWindow(512) | Strided(64)``.
+        pattern: a registered name, which takes `options`, or a pattern object: a union such as
+            ``SlidingWindow(512) | Strided(64)``, one pattern per query head or one per layer.
         backend: "auto" chooses; a name obeys or raises at the first forward.
-        layers: indices of the layers to patch, None for all; the others keep dense attention.
+        layers: indices of the layers to patch, None for all; the others keep dense attention. A mapping of ranges to
+            patterns is the option of that name of ``pattern="layered"``.
         seq_len: tokens per sequence for which options that adapt to length are resolved, once and for all.
     Raises:
-        ValueError: unknown pattern, option, backend or layer, or a model that patterns cannot be put into; the model is
-            left as it was.
+        ValueError: unknown pattern, option, backend or layer, a pattern that does not fit the model's heads and layers
+            or answers wrongly, or a model that patterns cannot be put into; the model is left as it was.
     """
     base = unwrap(model)
+    if isinstance(layers, Mapping) and isinstance(
+        pattern, str
+    ):  # of the pattern: a pattern for each range of layers
+        layers, options = None, {"layers": layers, **options}
     chosen = get_pattern(pattern, **options)
     if seq_len is not None:
         if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
@@ -60,6 +86,9 @@ def patch_model(
     check_backend(backend)
     refuse_unroutable(base)
     settings = SparseSettings(chosen, _check_layers(layers, base), backend)
+    config, causal = base.config.get_text_config(), is_causal(base)
+    check_fit(settings, config)
+    check_predicate(chosen, query_heads(config) or 1, causal)
     before = _state(base)
     try:
         if not hasattr(base, _RESTORE):
@@ -71,9 +100,13 @@ def patch_model(
             setattr(base, _RESTORE, None)
         _switch(base, name)
         base.config.get_text_config().sparse_attention = settings_to_json(settings)
-        remove_position_hooks(base)
+        _remove_hooks(base)
+        set_projections(base, settings, causal)
+        add_global_hooks(base, chosen)
         if base.device.type != "meta":  # without weights there is nothing to try
             add_position_hook(base, verify_routing(base, settings.layers))
+            if chosen.takes_globals:
+                check_globals_arrive(base)
     except BaseException:
         _restore(base, before)
         _replace_configs(model, _pairs(base.config, before["config"]))
@@ -92,7 +125,8 @@ def unpatch_model(model: M) -> M:
     config = base.config.get_text_config()
     if is_switched(base):  # otherwise someone has chosen another attention since
         _switch(base, getattr(base, _RESTORE, None) or base.get_correct_attn_implementation(None))
-    remove_position_hooks(base)
+    _remove_hooks(base)
+    remove_projections(base)
     if hasattr(base, _RESTORE):
         delattr(base, _RESTORE)
     if hasattr(config, "sparse_attention"):
@@ -193,7 +227,9 @@ def _state(model: PreTrainedModel) -> dict[str, Any]:
         "implementation": config._attn_implementation,
         "saved": getattr(config, "sparse_attention", None),
         "marker": {_RESTORE: vars(model)[_RESTORE]} if _RESTORE in vars(model) else {},
-        "hooks": position_hooks(model),
+        "hooks": find_hooks(model, (*POSITION_HOOKS, *GLOBAL_HOOKS)),
+        "projections": projections(model),
+        "generates": "prepare_inputs_for_generation" in vars(model),
     }
 
 
@@ -208,6 +244,14 @@ def _restore(model: PreTrainedModel, state: dict[str, Any]) -> None:
     if _RESTORE in vars(model):
         delattr(model, _RESTORE)
     vars(model).update(state["marker"])
-    remove_position_hooks(model)
-    for module, hook in state["hooks"]:
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+    put_projections(model, state["projections"])
+    _remove_hooks(model)
+    for module, hook, after in state["hooks"]:
+        add_hook(module, hook, after=after)
+    if state["generates"]:
+        let_generate_take_globals(model)
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    remove_hooks(model, POSITION_HOOKS)
+    remove_global_hooks(model)

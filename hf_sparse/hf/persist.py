@@ -11,9 +11,11 @@ from typing import Any
 
 import transformers
 
+from .global_projections import NAMES, projects
 from .loading import (
     CAUSAL_LM,
     base_of,
+    hub_arguments,
     load_base,
     patch_as_saved,
     put_adapter,
@@ -23,6 +25,7 @@ from .loading import (
     stored_settings,
 )
 from .patch import is_switched, settings
+from .projection_files import read_projections, trained_apart
 from .sources import SIDECAR, is_adapter
 from .stored_settings import settings_to_json
 
@@ -39,7 +42,8 @@ def load(path_or_adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Return the model saved there, running under the pattern it was saved with.
 
     A checkpoint (folder or hub id) gives a model of the class it was saved as. An adapter folder gives its base model,
-    patched, with the adapter on top as a `PeftModel`. Only safetensors are read.
+    patched, with the adapter on top as a `PeftModel`. Only safetensors are read. Global projections come back too,
+    though transformers, which has no place for them, reports them as unexpected before they are read.
 
     Args:
         kwargs: go to ``from_pretrained`` of the model; ``is_trainable=True`` of an adapter goes to peft.
@@ -59,7 +63,10 @@ def load(path_or_adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
         raise ValueError(
             f"{path} was saved without a pattern; load it with from_pretrained and use hf_sparse.patch_model"
         )
-    return patch_as_saved(load_base(path, _class_of(config, path), **kwargs), saved, f"the config of {path}")
+    model = load_base(path, _class_of(config, path), **kwargs)
+    patch_as_saved(model, saved, f"the config of {path}")
+    read_projections(model, path, required=True, **hub_arguments(kwargs))
+    return model
 
 
 def _class_of(config: Any, path: str) -> str:
@@ -86,16 +93,19 @@ def _load_adapter(path: str, *, is_trainable: bool = False, **kwargs: Any) -> An
         raise ValueError(f"the base model of adapter {path} cannot be loaded: {error}") from error
     # before the adapter: modules it brings along belong to the patched model
     patch_as_saved(model, saved, os.path.join(path, SIDECAR))
+    read_projections(model, base, required=False, **hub_arguments(kwargs))
     return put_adapter(model, path, is_trainable=is_trainable)
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     """Save the adapter of a patched `PeftModel` with its pattern beside it; `hf_sparse.load` reads both.
 
-    The files are written elsewhere and moved in, the pattern last: without it the folder does not load.
+    The files are written elsewhere and moved in, the pattern last: without it the folder does not load. Global
+    projections that were trained belong to the adapter when it was made with
+    ``modules_to_save=["query_global", "key_global", "value_global"]``.
 
     Raises:
-        ValueError: not a PeftModel, or not patched.
+        ValueError: not a PeftModel, not patched, or with global projections that would be lost.
     """
     if not hasattr(model, "peft_config"):
         raise ValueError(
@@ -107,6 +117,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
         )
     current = settings(model)
     assert current is not None
+    _refuse_lost_projections(model)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -122,3 +133,17 @@ def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
         os.replace(staging / SIDECAR, target / SIDECAR)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_lost_projections(model: Any) -> None:
+    """Raise ValueError where global projections are neither copies, nor in the adapter, nor in its base's files."""
+    name = trained_apart(model.get_base_model())
+    if name is None:
+        return
+    base = base_of("of this model", model.peft_config[model.active_adapter].to_dict())
+    stored = stored_settings(read_config(base, {}), base)
+    if stored is None or not projects(stored.pattern):
+        raise ValueError(
+            f"{name} is no copy any more but part of neither the adapter nor its base model {base}; make the adapter "
+            f"with modules_to_save={list(NAMES)}, or save the whole model first"
+        )

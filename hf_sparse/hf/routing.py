@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..backends import recording
 from .attention import POSITIONS, observed_keywords
+from .hooks import add_hook, argument, mask_owner, remove_hooks
 
 # Routed, but not honestly: found by comparing each with its own eager attention.
 _REFUSED_TYPES = {
@@ -67,10 +68,18 @@ def attention_layers(config: Any) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(kinds) if kind in _ATTENTION_KINDS)
 
 
-def verify_routing(model: PreTrainedModel, layers: tuple[int, ...] | None) -> set[str]:
+def is_causal(model: nn.Module) -> bool:
+    """Return whether the model's attention modules are causal; encoders are not."""
+    if getattr(model.config, "is_causal", None) is False:
+        return False
+    flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    return any(flags) if flags else True
+
+
+def verify_routing(model: PreTrainedModel, layers: tuple[int, ...] | None, **extra: Any) -> set[str]:
     """Run 4 tokens through the switched model and return the keyword arguments every attention call received.
 
-    Leaves weights, buffers, training flags and random state as they were.
+    `extra` goes to the model besides the tokens. Leaves weights, buffers, training flags and random state as they were.
 
     Raises:
         ValueError: the forward fails, or an attention layer did not call the pattern.
@@ -78,7 +87,7 @@ def verify_routing(model: PreTrainedModel, layers: tuple[int, ...] | None) -> se
     name, config = type(model).__name__, model.config.get_text_config()
     try:
         with _untouched(model), recording() as recorder, observed_keywords() as keywords:
-            model(**_probe_inputs(model))
+            model(**_probe_inputs(model), **extra)
     except Exception as error:  # whatever a foreign architecture's code raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
@@ -141,13 +150,13 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook: pass position ids to the attention calls of a model that uses them for its embeddings only."""
-    position_ids = _position_ids(module, args, kwargs)
+    position_ids = argument(module, args, kwargs, "position_ids")
     return None if position_ids is None else (args, {**kwargs, POSITIONS: position_ids})
 
 
 def refuse_restarts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: refuse packed samples where attention cannot be told about them."""
-    position_ids = _position_ids(module, args, kwargs)
+    position_ids = argument(module, args, kwargs, "position_ids")
     if (
         position_ids is not None
         and kwargs.get("attention_mask") is None
@@ -159,49 +168,19 @@ def refuse_restarts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         )
 
 
-def _position_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if kwargs.get("position_ids") is not None:
-        return kwargs["position_ids"]
-    names = list(inspect.signature(module.forward).parameters)
-    place = names.index("position_ids")
-    return args[place] if place < len(args) else None
+POSITION_HOOKS = (hand_on_positions, refuse_restarts)
 
 
 def add_position_hook(model: PreTrainedModel, keywords: set[str]) -> None:
     """Make packed samples visible to attention, given the keywords that reach it without help."""
-    owner = position_owner(model)
+    owner = mask_owner(model)
     if "position_ids" in keywords or "position_ids" not in inspect.signature(owner.forward).parameters:
         return
-    owner.register_forward_pre_hook(hand_on_positions, with_kwargs=True)
+    add_hook(owner, hand_on_positions)
     try:
         arrives = POSITIONS in verify_routing(model, None)
     except ValueError:
         arrives = False
     if not arrives:
-        remove_position_hooks(model)
-        owner.register_forward_pre_hook(refuse_restarts, with_kwargs=True)
-
-
-def position_owner(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the innermost model of the text config, whose forward makes the masks."""
-    config = model.config.get_text_config()
-    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is config][-1]
-
-
-def position_hooks(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """Return the hooks of `add_position_hook` with the modules they are on."""
-    ours = (hand_on_positions, refuse_restarts)
-    return [
-        (module, hook)
-        for module in model.modules()
-        for hook in module._forward_pre_hooks.values()
-        if hook in ours
-    ]
-
-
-def remove_position_hooks(model: nn.Module) -> None:
-    """Remove the hooks of `add_position_hook`, also from a copy of the model they were added to."""
-    for module, hook in position_hooks(model):
-        key = next(k for k, h in module._forward_pre_hooks.items() if h is hook)
-        del module._forward_pre_hooks[key]
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
+        remove_hooks(model, POSITION_HOOKS)
+        add_hook(owner, refuse_restarts)

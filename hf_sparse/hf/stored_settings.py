@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import check_backend
-from ..patterns import Pattern, Union, get_pattern, pattern_class
+from ..patterns import Pattern, get_pattern, pattern_class
+from ..patterns.written import pattern_from_json, pattern_to_json
 
 VERSION = 1
 PREFIX = "sparse_"
@@ -33,34 +34,59 @@ class SparseSettings:
 
 
 def attention_name(pattern: Pattern) -> str:
-    """Return the attention implementation of a pattern: ``sparse_<name>``, or ``sparse_custom`` for a union."""
-    for member in pattern.members if isinstance(pattern, Union) else (pattern,):
-        # A subclass inherits the name of what it derives from, and would come back as that.
-        if not member.name or pattern_class(member.name) is not type(member):
-            raise ValueError(
-                f"{type(member).__name__} has no name of its own to be saved under; decorate it with "
-                f"@hf_sparse.register_pattern('a_name')"
-            )
-    return CUSTOM if isinstance(pattern, Union) else PREFIX + pattern.name
+    """Return the attention implementation of a pattern: ``sparse_<name>``, or ``sparse_custom`` for a composed one."""
+    if not pattern.name and pattern.members:
+        for member in pattern.members:
+            attention_name(member)
+        return CUSTOM
+    # A subclass inherits the name of what it derives from, and would come back as that.
+    if not pattern.name or pattern_class(pattern.name) is not type(pattern):
+        raise ValueError(
+            f"{type(pattern).__name__} has no name of its own to be saved under; decorate it with "
+            f"@hf_sparse.register_pattern('a_name')"
+        )
+    return PREFIX + pattern.name
+
+
+def pattern_of_layer(settings: SparseSettings, layer: int | None, name: str) -> Pattern:
+    """Return the pattern of the attention module `name` at `layer`.
+
+    Raises:
+        ValueError: the layers differ and the module does not know which one it is (`layer` is None).
+    """
+    if layer is None and (settings.layers is not None or settings.pattern.per_layer):
+        which = str(settings.pattern) if settings.layers is None else f"layers={list(settings.layers)}"
+        raise ValueError(
+            f"{name} does not know which layer it is, so {which} cannot be told apart; patch every layer alike"
+        )
+    return settings.pattern_at(layer)
+
+
+def check_fit(settings: SparseSettings, config: Any) -> None:
+    """Raise ValueError unless the pattern fits the heads and layers of a text model's config; some have no heads."""
+    if heads := query_heads(config):
+        _check_fit(settings.pattern, heads, int(config.num_hidden_layers))
+
+
+def query_heads(config: Any) -> int:
+    """Return the number of query heads in a text model's config, 0 for a model without attention."""
+    return int(getattr(config, "num_attention_heads", None) or 0)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_fit(pattern: Pattern, heads: int, layers: int) -> None:
+    pattern.check_fit(heads, layers)
 
 
 def settings_to_json(settings: SparseSettings) -> dict[str, Any]:
     """Return the settings as plain JSON values that `settings_from_json` reads back."""
-    pattern = settings.pattern
-    attention_name(pattern)
-    written = (
-        {"union": [_pattern_to_json(m) for m in pattern.members]} if isinstance(pattern, Union) else None
-    )
+    attention_name(settings.pattern)
     return {
         "version": VERSION,
-        "pattern": written or _pattern_to_json(pattern),
+        "pattern": pattern_to_json(settings.pattern),
         "layers": None if settings.layers is None else list(settings.layers),
         "backend": settings.backend,
     }
-
-
-def _pattern_to_json(pattern: Pattern) -> dict[str, Any]:
-    return {"name": pattern.name, "options": pattern.options()}
 
 
 def settings_from_json(saved: Any) -> SparseSettings:
@@ -101,34 +127,10 @@ def _parse(text: str) -> SparseSettings:
             f"the saved sparse_attention must list layer indices, got layers={layers!r}; patch again"
         )
     return SparseSettings(
-        _pattern_from_json(saved["pattern"]),
+        pattern_from_json(saved["pattern"]),
         None if layers is None else tuple(layers),
         check_backend(backend),
     )
-
-
-def _pattern_from_json(saved: Any) -> Pattern:
-    if (
-        isinstance(saved, dict)
-        and saved.keys() == {"union"}
-        and isinstance(saved["union"], list)
-        and saved["union"]
-    ):
-        return Union.of(*(_pattern_from_json(member) for member in saved["union"]))
-    if not isinstance(saved, dict) or "name" not in saved or not saved.keys() <= {"name", "options"}:
-        raise ValueError(
-            f"a saved pattern must be {{name, options}} or {{union}}, got {saved!r}; patch the model again"
-        )
-    options = saved.get("options") or {}
-    if not isinstance(options, dict):
-        raise ValueError(
-            f"the options of the saved pattern {saved['name']!r} must be a dict, got {options!r}"
-        )
-    return get_pattern(saved["name"], **{name: _frozen(value) for name, value in options.items()})
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
 def settings_for(config: Any) -> SparseSettings:
@@ -136,7 +138,7 @@ def settings_for(config: Any) -> SparseSettings:
 
     Raises:
         ValueError: the config was saved with another pattern than the implementation names, needs saved options and
-            has none, or has cross-attention.
+            has none, does not fit the config's heads and layers, or has cross-attention.
     """
     implementation = config._attn_implementation
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
@@ -152,9 +154,12 @@ def settings_for(config: Any) -> SparseSettings:
                 f"attn_implementation={implementation!r} but the model was saved with {expected!r} "
                 f"({settings.pattern}); load it with that name, or use hf_sparse.patch_model to change the pattern"
             )
+        check_fit(settings, config)
         return settings
     if implementation == CUSTOM:
         raise ValueError(
             f"attn_implementation={CUSTOM!r} has no saved pattern here; use hf_sparse.patch_model"
         )
-    return SparseSettings(get_pattern(implementation.removeprefix(PREFIX)))
+    settings = SparseSettings(get_pattern(implementation.removeprefix(PREFIX)))
+    check_fit(settings, config)
+    return settings

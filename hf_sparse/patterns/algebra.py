@@ -1,13 +1,17 @@
-"""Patterns made of patterns: the union ``SlidingWindow(512) | Strided(64)``."""
+"""Patterns made of patterns: the union ``SlidingWindow(512) | Strided(64)``, one per head, one per layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .base import Context, Pattern
+from .checks import check_list_fits
 from .parts import Part
 
 
@@ -15,16 +19,12 @@ from .parts import Part
 class Union(Pattern):
     """A key is allowed where any member allows it; written ``a | b``, flat and without repetition."""
 
-    members: tuple[Pattern, ...]
+    members: tuple[Pattern, ...] = ()  # at least one; see Union.of
 
     @staticmethod
     def of(*patterns: Pattern) -> Union:
         flat: list[Pattern] = []
-        for pattern in patterns:
-            if not isinstance(pattern, Pattern):
-                raise ValueError(
-                    f"a union joins patterns, got {type(pattern).__name__}; use get_pattern(name) first"
-                )
+        for pattern in check_patterns("a union", patterns):
             flat += pattern.members if isinstance(pattern, Union) else [pattern]
         return Union(tuple(dict.fromkeys(flat)))
 
@@ -41,14 +41,162 @@ class Union(Pattern):
             if own is None:
                 return None
             parts += own
-        return parts
-
-    @property
-    def per_layer(self) -> bool:  # type: ignore[override]
-        return any(member.per_layer for member in self.members)
+        return list(dict.fromkeys(parts))
 
     def resolve(self, seq_len: int) -> Union:
         return Union.of(*(member.resolve(seq_len) for member in self.members))
 
     def __str__(self) -> str:
         return " | ".join(str(member) for member in self.members)
+
+
+@dataclass(frozen=True)
+class PerHead(Pattern):
+    """Query head h runs ``patterns[h]``; the heads of one key-value group may differ."""
+
+    patterns: tuple[Pattern, ...]  # one for each query head of the model
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patterns", check_patterns("PerHead", self.patterns))
+
+    @property
+    def members(self) -> tuple[Pattern, ...]:
+        return tuple(dict.fromkeys(self.patterns))
+
+    def check_fit(self, heads: int, layers: int) -> None:
+        check_list_fits("PerHead", self.patterns, "query head", heads)
+        super().check_fit(heads, layers)
+
+    def allows(self, context: Context, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        allowed = torch.zeros_like((head == query) | (query == key))
+        for pattern, heads in self._shares(context):
+            mine = torch.isin(head, torch.tensor(heads, device=head.device))
+            allowed = allowed | (mine & pattern.allows(context, head, query, key))
+        return allowed
+
+    def parts(self, context: Context) -> Sequence[Part] | None:
+        parts: list[Part] = []
+        for pattern, heads in self._shares(context):
+            own = pattern.parts(context)
+            if own is None:
+                return None
+            for part in own:
+                both = heads if part.heads is None else tuple(h for h in part.heads if h in heads)
+                if both:
+                    parts.append(replace(part, heads=None if len(both) == context.heads else both))
+        return parts
+
+    def resolve(self, seq_len: int) -> PerHead:
+        return PerHead(tuple(pattern.resolve(seq_len) for pattern in self.patterns))
+
+    def __str__(self) -> str:
+        return f"per_head({_runs(self.patterns)})"
+
+    def _shares(self, context: Context) -> list[tuple[Pattern, tuple[int, ...]]]:
+        """Return each distinct pattern with the heads of the call that run it."""
+        if context.heads > len(self.patterns):
+            check_list_fits("PerHead", self.patterns, "query head", context.heads)
+        shares: dict[Pattern, list[int]] = {}
+        for head, pattern in enumerate(self.patterns[: context.heads]):
+            shares.setdefault(pattern, []).append(head)
+        return [(pattern, tuple(heads)) for pattern, heads in shares.items()]
+
+
+@dataclass(frozen=True)
+class PerLayer(Pattern):
+    """Layer number i runs ``patterns[i]``."""
+
+    patterns: tuple[Pattern, ...]  # one for each layer of the model, the bottom one first
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patterns", check_patterns("PerLayer", self.patterns))
+
+    @property
+    def members(self) -> tuple[Pattern, ...]:
+        return tuple(dict.fromkeys(self.patterns))
+
+    @property
+    def per_layer(self) -> bool:
+        return True
+
+    def check_fit(self, heads: int, layers: int) -> None:
+        check_list_fits("PerLayer", self.patterns, "layer", layers)
+        super().check_fit(heads, layers)
+
+    def allows(self, context: Context, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return self._at(context).allows(context, head, query, key)
+
+    def parts(self, context: Context) -> Sequence[Part] | None:
+        return self._at(context).parts(context)
+
+    def resolve(self, seq_len: int) -> PerLayer:
+        return PerLayer(tuple(pattern.resolve(seq_len) for pattern in self.patterns))
+
+    def __str__(self) -> str:
+        return f"per_layer({_runs(self.patterns)})"
+
+    def _at(self, context: Context) -> Pattern:
+        layer = layer_of(context)
+        if layer >= len(self.patterns):
+            check_list_fits("PerLayer", self.patterns, "layer", layer + 1)
+        return self.patterns[layer]
+
+
+class Spelled(Pattern):
+    """A named system that is nothing but other patterns put together."""
+
+    def spelled(self, context: Context) -> Pattern:
+        """Return the patterns it stands for in this call."""
+        raise NotImplementedError(f"{type(self).__name__} must define spelled(context)")
+
+    def allows(self, context: Context, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return self.spelled(context).allows(context, head, query, key)
+
+    def parts(self, context: Context) -> Sequence[Part] | None:
+        return self.spelled(context).parts(context)
+
+
+def halves(heads: int, first: Pattern, second: Pattern) -> PerHead:
+    """Return `first` for the first half of the heads (rounded down) and `second` for the rest."""
+    return PerHead((first,) * (heads // 2) + (second,) * (heads - heads // 2))
+
+
+def check_halves(pattern: Pattern, heads: int) -> None:
+    """Raise ValueError where a pattern that splits the heads in two halves gets a single one."""
+    if heads < 2:
+        raise ValueError(
+            f"{pattern} splits the query heads in two halves and needs at least 2, the model has {heads}; "
+            f"choose a pattern that does not"
+        )
+
+
+def layer_of(context: Context) -> int:
+    """Return the layer of a call for a pattern that declares `per_layer`."""
+    assert context.layer is not None, "a pattern that declares per_layer is always asked for a layer"
+    return context.layer
+
+
+def check_patterns(owner: str, patterns: Any) -> tuple[Pattern, ...]:
+    """Return `patterns` as a tuple; raise ValueError where it is empty or holds anything else."""
+    if not isinstance(patterns, Sequence) or isinstance(patterns, (str, bytes)):
+        raise ValueError(
+            f"{owner} takes a list of patterns, got {patterns!r}; write [get_pattern(name), ...]"
+        )
+    if not patterns:
+        raise ValueError(f"{owner} joins at least one pattern, got none; name one")
+    for pattern in patterns:
+        if not isinstance(pattern, Pattern):
+            raise ValueError(
+                f"{owner} joins patterns, got {type(pattern).__name__}; use get_pattern(name) first"
+            )
+    return tuple(patterns)
+
+
+def _runs(patterns: Sequence[Pattern]) -> str:
+    """Write equal neighbours once: ``0-3: sliding_window(window=64), 4: full()``."""
+    written, first = [], 0
+    for text, group in groupby(map(str, patterns)):
+        last = first + len(list(group)) - 1
+        written.append(f"{first}: {text}" if first == last else f"{first}-{last}: {text}")
+        first = last + 1
+    return ", ".join(written)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .algebra import Union
 
 
-LARGEST = 2**40  # tokens; positions and their sums and products with a stride stay within int64
+_LISTED = 12  # values of an option that are written out
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,17 @@ class Context:
 
     causal: keys after the query are not allowed (the caller ANDs this; a pattern may only use it to save work).
     layer: index of the layer, 0 at the bottom; None unless the pattern declares `per_layer`.
+    heads: query heads of the call, for patterns that divide them.
+    length: tokens of the sequence, None in causal models, where later tokens must not change what earlier ones see.
+    chosen: the positions that this sequence's `global_attention_mask` or special tokens made global, ascending; empty
+        unless the pattern declares `takes_globals`.
     """
 
     causal: bool = True
     layer: int | None = None
+    heads: int = 1
+    length: int | None = None
+    chosen: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,31 @@ class Pattern:
     """A frozen dataclass whose fields are the options; its truth is `allows`."""
 
     name: ClassVar[str] = ""  # set by register_pattern
-    per_layer: ClassVar[bool] = (
-        False  # True where `allows` looks at context.layer: each layer then has its own plan
-    )
+
+    @property
+    def members(self) -> tuple[Pattern, ...]:
+        """The patterns this one is made of; none unless it is composed."""
+        return ()
+
+    @property
+    def per_layer(self) -> bool:
+        """True where `allows` looks at context.layer: each layer then has its own plan."""
+        return any(member.per_layer for member in self.members)
+
+    @property
+    def takes_globals(self) -> bool:
+        """True where `allows` looks at context.chosen: `forward` then takes a `global_attention_mask`."""
+        return any(member.takes_globals for member in self.members)
+
+    @property
+    def global_token_ids(self) -> tuple[int, ...]:
+        """Vocabulary ids whose tokens become global wherever they occur in the input; see `takes_globals`."""
+        return tuple(sorted({i for member in self.members for i in member.global_token_ids}))
+
+    def check_fit(self, heads: int, layers: int) -> None:
+        """Raise ValueError unless the options fit a model of `layers` layers with `heads` query heads each."""
+        for member in self.members:
+            member.check_fit(heads, layers)
 
     def allows(self, context: Context, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Tell which keys each query may attend to.
@@ -60,14 +89,17 @@ class Pattern:
         raise NotImplementedError(f"{type(self).__name__} must define allows(context, head, query, key)")
 
     def parts(self, context: Context) -> Sequence[Part] | None:
-        """Return interval parts whose union is exactly `allows`, or None to be planned from `allows` as tiles."""
+        """Return parts whose union is exactly what `allows` allows and, for every token, itself.
+
+        None where the pattern has no such form: it is then planned from `allows` as tiles, block by block.
+        """
         return None
 
     def resolve(self, seq_len: int) -> Pattern:
         """Return this pattern with options that adapt to the length fixed for sequences of `seq_len` tokens.
 
         Called once, when a model is patched: nothing may depend on the current length, or decoding would differ from
-        one pass. The built-in patterns have no such option.
+        one pass.
         """
         return self
 
@@ -81,11 +113,22 @@ class Pattern:
         return Union.of(self, other)
 
     def __str__(self) -> str:
-        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
-        return f"{self.name or type(self).__name__}({options})"
+        options = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
+        # An option that is off (None, False, nothing) and stays off goes without saying.
+        said = ", ".join(
+            f"{n}={_short(v)}" for n, v, default in options if v != default or v not in (None, False, ())
+        )
+        return f"{self.name or type(self).__name__}({said})"
 
     def mask(
-        self, q_len: int, k_len: int | None = None, *, heads: int = 1, causal: bool = True, layer: int = 0
+        self,
+        q_len: int,
+        k_len: int | None = None,
+        *,
+        heads: int = 1,
+        causal: bool = True,
+        layer: int = 0,
+        chosen: Sequence[int] = (),
     ) -> Tensor:
         """Return the dense mask [H, Q, K], True = may attend: for pictures and tests, quadratic in length.
 
@@ -94,34 +137,20 @@ class Pattern:
         k_len = q_len if k_len is None else k_len
         query = torch.arange(k_len - q_len, k_len)[None, :, None]
         key = torch.arange(k_len)[None, None, :]
-        allowed = self.allows(Context(causal, layer), torch.arange(heads)[:, None, None], query, key) | (
-            query == key
-        )
+        context = Context(causal, layer, heads, None if causal else k_len, tuple(chosen))
+        allowed = self.allows(context, torch.arange(heads)[:, None, None], query, key) | (query == key)
         if causal:
             allowed = allowed & (key <= query)
         return allowed.expand(heads, q_len, k_len)
 
 
+def _short(value: Any) -> str:
+    """Return the text of an option, long lists cut in the middle."""
+    if isinstance(value, tuple) and len(value) > _LISTED:
+        shown = ", ".join(map(repr, value[: _LISTED // 2]))
+        return f"({shown}, ... {value[-1]!r}: {len(value)} in all)"
+    return repr(value)
+
+
 def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless `value` is a whole number >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        note = " (1 is the token itself only)" if name == "window" else ""
-        raise ValueError(f"{name} must be >= {least}{note}, got {value}")
-    if value > LARGEST:
-        raise ValueError(f"{name} must be at most {LARGEST}, more than any sequence has tokens, got {value}")
-
-
-def check_positions(name: str, value: Any) -> tuple[int, ...]:
-    """Return `value` as sorted distinct positions; raise ValueError where it is not a list of whole numbers >= 0."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise ValueError(f"{name} must be a list of token positions such as (0, 64), got {value!r}")
-    for position in value:
-        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= LARGEST:
-            raise ValueError(f"{name} must hold whole numbers from 0 to {LARGEST}, got {position!r}")
-    return tuple(sorted(set(value)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from .base import Pattern
@@ -61,6 +61,12 @@ def _announce(name: str) -> None:
         listener(name)
 
 
+def forget_patterns(names: Iterable[str]) -> None:
+    """Take names out of the catalogue again, where the file that registered them could not be loaded to its end."""
+    for name in names:
+        _PATTERNS.pop(name).name = ""
+
+
 def available_patterns() -> list[str]:
     """Return the registered names in alphabetical order."""
     return sorted(_PATTERNS)
@@ -75,7 +81,7 @@ def pattern_class(name: str) -> type[Pattern]:
     return _PATTERNS[name]
 
 
-def get_pattern(pattern: str | Pattern, **options: Any) -> Pattern:
+def get_pattern(pattern: str | Pattern, /, **options: Any) -> Pattern:
     """Return the pattern of that name with these options; a pattern object is returned as it is.
 
     Raises:

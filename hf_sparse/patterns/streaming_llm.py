@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Context, Pattern, check_count
+from .base import Context, Pattern
+from .checks import check_count
 from .parts import Bound, Every, Part, window_part
 from .registry import register_pattern
 

@@ -2,7 +2,7 @@
 
 from .constraint import Constraint
 from .cost import Cost, cost
-from .plan import Plan, make_plan
+from .plan import HeadPlan, Plan, make_plan
 from .segments import Segment, Segments
 
-__all__ = ["Constraint", "Cost", "Plan", "Segment", "Segments", "cost", "make_plan"]
+__all__ = ["Constraint", "Cost", "HeadPlan", "Plan", "Segment", "Segments", "cost", "make_plan"]

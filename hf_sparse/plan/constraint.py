@@ -24,13 +24,25 @@ class Constraint:
     window: int | None = None
     chunk: int | None = None
 
-    def allowed(self, pattern: Pattern, layer: int, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def context(
+        self, pattern: Pattern, *, layer: int, heads: int, length: int, chosen: tuple[int, ...] = ()
+    ) -> Context:
+        """Return what `pattern` is told about a sequence of `length` tokens: nothing that it does not look at."""
+        return Context(
+            self.causal,
+            layer if pattern.per_layer else None,
+            heads,
+            None if self.causal else length,
+            chosen if pattern.takes_globals else (),
+        )
+
+    def allowed(self, pattern: Pattern, context: Context, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Return what the pattern and this constraint allow together; every token sees itself.
 
         Args:
             head, query, key: indices and positions, int64, broadcastable with one another.
         """
-        own = pattern.allows(Context(self.causal, layer if pattern.per_layer else None), head, query, key)
+        own = pattern.allows(context, head, query, key)
         return (own | (query == key)) & self.admits(query, key)
 
     def admits(self, query: Tensor, key: Tensor) -> Tensor:
@@ -42,7 +54,7 @@ class Constraint:
             allowed = allowed & (query // self.chunk == key // self.chunk)
         return allowed
 
-    def bounds(self) -> tuple[list[Bound], list[Bound]]:
+    def bounds(self) -> tuple[tuple[Bound, ...], tuple[Bound, ...]]:
         """Return the same as bounds: keys lie at or after every start and before every stop."""
         starts, stops = [], []
         if self.causal:
@@ -53,4 +65,4 @@ class Constraint:
         if self.chunk is not None:
             starts.append(Bound(mul=self.chunk, div=self.chunk))
             stops.append(Bound(self.chunk, mul=self.chunk, div=self.chunk))
-        return starts, stops
+        return tuple(starts), tuple(stops)

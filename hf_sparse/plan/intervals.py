@@ -1,43 +1,47 @@
 """From the parts of a pattern to disjoint intervals: what two parts have in common is kept in one of them only.
 
 A part minus an earlier one is again one or two intervals wherever its keys all lie on the earlier part's list. What is
-left over otherwise (two coprime strides, say) is given back to be planned as tiles.
+left over otherwise (two coprime strides, drawn blocks) is given back to be planned as tiles.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..patterns.parts import Bound, Every, Keys, Listed, Part, Periodic, Residue
+from ..patterns.parts import Bound, Drawn, Every, Keys, Listed, Part, Periodic, Residue
+
+_LARGEST_COMMON_PERIOD = 2**16  # up to which two periodic lists are compared position by position
 
 
 @dataclass(frozen=True)
 class Interval:
     """Query q sees ``{k in keys : max(starts)(q) <= k < min(stops)(q)}``; no bound where a tuple is empty.
 
-    queries: the only positions it speaks of, None for all but `skip`.
+    queries: the only positions it speaks of, None for all but those of `skip`.
     skip: positions it says nothing of.
     """
 
     keys: Keys
     starts: tuple[Bound, ...] = ()
     stops: tuple[Bound, ...] = ()
-    queries: tuple[int, ...] | None = None
-    skip: tuple[int, ...] = ()
+    queries: Listed | Periodic | None = None
+    skip: tuple[Listed | Periodic, ...] = ()
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """The pairs of `interval` that none of `earlier` holds."""
+    """The pairs of `interval` that none of `earlier` holds; drawn blocks are always left over."""
 
     interval: Interval
     earlier: tuple[Interval, ...] = ()
 
     def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        """Tell which pairs of positions (int64, broadcastable) are meant; of drawn blocks, all are."""
         allowed = inside(self.interval, query, key)
         for other in self.earlier:
             allowed = allowed & ~inside(other, query, key)
@@ -45,13 +49,16 @@ class Leftover:
 
 
 def disjoint(parts: Sequence[Part]) -> tuple[list[Interval], list[Leftover]]:
-    """Return intervals and leftovers that together hold every pair of `parts` exactly once."""
-    skip, intervals = _listed_queries(parts)
+    """Return intervals and leftovers that together hold every pair of `parts` exactly once.
+
+    The parts speak of the same heads; two drawn parts must not overlap.
+    """
+    skip, intervals = _chosen_queries(parts)
     leftovers: list[Leftover] = []
     earlier: list[Part] = []
     for part in sorted((p for p in parts if p.queries is None), key=_order):
         whole = Interval(part.keys, _bounds(part.start), _bounds(part.stop), skip=skip)
-        remains: list[Interval] | None = [whole]
+        remains: list[Interval] | None = None if isinstance(part.keys, Drawn) else [whole]
         for other in earlier:
             if remains is not None:
                 remains = _minus(remains, other)
@@ -65,36 +72,42 @@ def disjoint(parts: Sequence[Part]) -> tuple[list[Interval], list[Leftover]]:
 
 
 def inside(interval: Interval, query: Tensor, key: Tensor) -> Tensor:
-    """Tell which pairs of positions (int64, broadcastable) `interval` holds."""
+    """Tell which pairs of positions (int64, broadcastable) `interval` holds; drawn blocks count as every key."""
     keys = interval.keys
     held = torch.ones_like(query == key)
     if isinstance(keys, Residue):
         held = (query - key) % keys.stride == 0
-    elif isinstance(keys, Periodic):
-        held = held & (key % keys.period == 0)
-    elif isinstance(keys, Listed):
-        held = held & torch.isin(key, torch.tensor(keys.positions, dtype=torch.long, device=key.device))
+    elif isinstance(keys, (Periodic, Listed)):
+        held = held & is_in(keys, key)
     for bound in interval.starts:
         held = held & (key >= _at(bound, query))
     for bound in interval.stops:
         held = held & (key < _at(bound, query))
     if interval.queries is not None:
-        held = held & torch.isin(query, torch.tensor(interval.queries, dtype=torch.long, device=query.device))
-    if interval.skip:
-        held = held & ~torch.isin(query, torch.tensor(interval.skip, dtype=torch.long, device=query.device))
+        held = held & is_in(interval.queries, query)
+    for skipped in interval.skip:
+        held = held & ~is_in(skipped, query)
     return held
 
 
+def is_in(positions: Listed | Periodic, position: Tensor) -> Tensor:
+    """Tell which of the positions (int64) are on the list."""
+    if isinstance(positions, Periodic):
+        return (position - positions.offset) % positions.period < positions.width
+    return torch.isin(position, torch.tensor(positions.positions, dtype=torch.long, device=position.device))
+
+
 def _at(bound: Bound, query: Tensor) -> Tensor:
-    quotient = torch.div(query + bound.add, bound.div, rounding_mode="floor")
-    return bound.mul * quotient + bound.const
+    if bound.div == 1:
+        return bound.mul * (query + bound.add) + bound.const
+    return bound.mul * torch.div(query + bound.add, bound.div, rounding_mode="floor") + bound.const
 
 
 def _bounds(bound: Bound | None) -> tuple[Bound, ...]:
     return () if bound is None else (bound,)
 
 
-def _order(part: Part) -> tuple[int, int]:
+def _order(part: Part) -> tuple[int, float]:
     """Denser lists first, so that a later one lies on an earlier one as often as possible."""
     keys = part.keys
     if isinstance(keys, Every):
@@ -102,20 +115,22 @@ def _order(part: Part) -> tuple[int, int]:
     if isinstance(keys, Residue):
         return 1, keys.stride
     if isinstance(keys, Periodic):
-        return 2, keys.period
-    return 3, 0
+        return 2, keys.period / keys.width
+    return (3, 0) if isinstance(keys, Listed) else (4, 0)
 
 
-def _listed_queries(parts: Sequence[Part]) -> tuple[tuple[int, ...], list[Interval]]:
-    """Return the positions some part speaks of alone, and the interval that gives them everything."""
-    listed: set[int] = set()
+def _chosen_queries(parts: Sequence[Part]) -> tuple[tuple[Listed | Periodic, ...], list[Interval]]:
+    """Return the positions some part speaks of alone, and the intervals that give them everything, each once."""
+    chosen: list[Listed | Periodic] = []
+    intervals = []
     for part in parts:
-        if part.queries is not None:
-            if part != Part(Every(), queries=part.queries):
-                raise ValueError(f"a part for listed queries must hold every key, got {part}")
-            listed |= set(part.queries)
-    queries = tuple(sorted(listed))
-    return queries, [Interval(Every(), queries=queries)] if queries else []
+        if part.queries is None or part.queries in chosen:
+            continue
+        if (part.keys, part.start, part.stop) != (Every(), None, None):
+            raise ValueError(f"a part for chosen queries must hold every key, got {part}")
+        intervals.append(Interval(Every(), queries=part.queries, skip=tuple(chosen)))
+        chosen.append(part.queries)
+    return tuple(chosen), intervals
 
 
 def _minus(intervals: list[Interval], other: Part) -> list[Interval] | None:
@@ -150,7 +165,9 @@ def _outside(interval: Interval, other: Part) -> list[Interval]:
 
 
 def _holds(keys: Listed | Periodic, position: int) -> bool:
-    return position in keys.positions if isinstance(keys, Listed) else position % keys.period == 0
+    if isinstance(keys, Listed):
+        return position in keys.positions
+    return (position - keys.offset) % keys.period < keys.width
 
 
 def _contains(outer: Keys, inner: Keys) -> bool:
@@ -159,5 +176,9 @@ def _contains(outer: Keys, inner: Keys) -> bool:
     if isinstance(outer, Residue) and isinstance(inner, Residue):
         return inner.stride % outer.stride == 0
     if isinstance(outer, Periodic) and isinstance(inner, Periodic):
-        return inner.period % outer.period == 0
+        common = math.lcm(outer.period, inner.period)
+        if common > _LARGEST_COMMON_PERIOD:
+            return False
+        position = torch.arange(common)
+        return not bool((is_in(inner, position) & ~is_in(outer, position)).any())
     return False

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,7 +31,40 @@ class Lattice:
 
     def count_below(self, index: np.ndarray) -> np.ndarray:
         """Return how many indices of the list are smaller than `index`."""
+        if self.step == 1:
+            return np.clip(index - self.first, 0, self.count)
         return np.clip(-((self.first - index) // self.step), 0, self.count)
+
+
+@dataclass(frozen=True)
+class Comb:
+    """Every `period` indices the same `width` neighbours: indices ``p >= 0`` with ``(p - offset) % period < width``.
+
+    count: how many of them there are in the call.
+    """
+
+    offset: int
+    period: int
+    width: int
+    count: int
+
+    @property
+    def _start(self) -> int:
+        """Index, 0 or negative, at which the period that holds index 0 begins, its neighbours first."""
+        return -(-self.offset % self.period)
+
+    @property
+    def _before(self) -> int:
+        """How many neighbours of that period lie before index 0."""
+        return min(-self._start, self.width)
+
+    def at(self, t: np.ndarray) -> np.ndarray:
+        period, place = np.divmod(t + self._before, self.width)
+        return self._start + period * self.period + place
+
+    def count_below(self, index: np.ndarray) -> np.ndarray:
+        period, place = np.divmod(index - self._start, self.period)
+        return np.clip(period * self.width + np.minimum(place, self.width) - self._before, 0, self.count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,43 +84,71 @@ class IndexList:
         return np.searchsorted(self.indices, index)
 
 
+Indices = Lattice | Comb | IndexList
+_ROWS = 2**15  # rows whose bounds are taken at a time, where only their sum is wanted
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """``queries[t]`` sees ``keys[lo(t):hi(t)]``; see the module.
 
     query_position, key_position: position of query index 0 and key index 0.
     repeat: members of the family; member m shifts every query and key index by m.
-    skip: positions of queries that this piece leaves out (lo = hi).
+    skip: positions of queries that this piece leaves out; `bounds` of a single piece says so itself (lo = hi), that
+        of a family, whose members share their bounds, does not.
     """
 
-    queries: Lattice | IndexList
-    keys: Lattice | IndexList
+    queries: Indices
+    keys: Indices
     starts: tuple[Bound, ...]
     stops: tuple[Bound, ...]
     query_position: int
     key_position: int
     repeat: int = 1
-    skip: tuple[int, ...] = ()
+    skip: tuple[Listed | Periodic, ...] = ()
 
     def bounds(self, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return lo and hi, int64, of the piece's queries number `first` up to `stop`."""
         t = np.arange(first, self.queries.count if stop is None else stop)
         position = self.query_position + self.queries.at(t)
-        lo, hi = np.zeros_like(t), np.full_like(t, self.keys.count)
+        lo, hi = self._bounds(position)
+        if self.skip and self.repeat == 1:
+            hi = np.where(self._skipped(position), lo, hi)
+        return lo, hi
+
+    def _bounds(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lo, hi = np.zeros_like(position), np.full_like(position, self.keys.count)
         for bound in self.starts:
             lo = np.maximum(lo, self.keys.count_below(bound.at(position) - self.key_position))
         for bound in self.stops:
             hi = np.minimum(hi, self.keys.count_below(bound.at(position) - self.key_position))
-        hi = np.maximum(hi, lo)
-        if self.skip:
-            hi = np.where(np.isin(position, self.skip), lo, hi)
-        return lo, hi
+        return lo, np.maximum(hi, lo)
 
-    @property
+    def _skipped(self, position: np.ndarray) -> np.ndarray:
+        skipped = np.zeros(len(position), dtype=bool)
+        for chosen in self.skip:
+            if isinstance(chosen, Listed):
+                skipped |= np.isin(position, chosen.positions)
+            else:
+                skipped |= (position - chosen.offset) % chosen.period < chosen.width
+        return skipped
+
+    def skipped_rows(self, member: int) -> np.ndarray:
+        """Return the numbers of the queries that member `member` of a family leaves out."""
+        position = self.query_position + self.queries.at(np.arange(self.queries.count)) + member
+        return np.flatnonzero(self._skipped(position))
+
+    @cached_property
     def pairs(self) -> int:
         """The (query, key) pairs of the whole family."""
-        lo, hi = self.bounds()
-        return self.repeat * int((hi - lo).sum())
+        pairs = 0
+        for first in range(0, self.queries.count, _ROWS):
+            lo, hi = self.bounds(first, min(first + _ROWS, self.queries.count))
+            pairs += self.repeat * int((hi - lo).sum())
+        if self.repeat > 1 and self.skip:
+            lo, hi = self.bounds()
+            pairs -= sum(int((hi - lo)[self.skipped_rows(m)].sum()) for m in range(self.repeat))
+        return pairs
 
 
 def pieces_of(interval: Interval, q_len: int, k_len: int, first: int) -> list[Piece] | None:
@@ -94,49 +157,69 @@ def pieces_of(interval: Interval, q_len: int, k_len: int, first: int) -> list[Pi
     None where the interval has no pieces of this form (a residue list whose members differ).
     """
     behind = k_len - q_len
+    if _contradict(interval):
+        return []
 
-    def piece(queries: Lattice | IndexList, keys: Lattice | IndexList, repeat: int = 1) -> Piece:
+    def piece(queries: Indices, keys: Indices, repeat: int = 1) -> Piece:
         starts, stops = interval.starts, interval.stops
         return Piece(queries, keys, starts, stops, first + behind, first, repeat, interval.skip)
 
-    if interval.queries is not None:
-        here = np.array(interval.queries) - first - behind
-        here = here[(here >= 0) & (here < q_len)]
-        queries: Lattice | IndexList = IndexList(here)
-    else:
-        queries = Lattice(0, q_len)
+    queries = _indices(interval.queries, first + behind, q_len)
     keys = interval.keys
-    if isinstance(keys, Every):
-        return [piece(queries, Lattice(0, k_len))]
-    if isinstance(keys, Listed):
-        held = np.array(keys.positions, dtype=np.int64) - first
-        return [piece(queries, IndexList(held[(held >= 0) & (held < k_len)]))]
-    if isinstance(keys, Periodic):
-        start = -first % keys.period
-        return [piece(queries, Lattice(start, len(range(start, k_len, keys.period)), keys.period))]
-    assert isinstance(keys, Residue)
-    # The members of a family must be alike: only constant distances are, and no query may be singled out.
-    distances = all(b.div == 1 and b.mul == 1 for b in (*interval.starts, *interval.stops))
-    if not distances or interval.queries is not None or interval.skip:
-        return None
+    if isinstance(keys, (Every, Listed, Periodic)):
+        return [piece(queries, _indices(None if isinstance(keys, Every) else keys, first, k_len))]
+    assert isinstance(keys, Residue) and interval.queries is None
+    # The members of a family must be alike. Constant distances are; a fixed position divides them in two.
+    cuts = set()
+    for bound in (*interval.starts, *interval.stops):
+        if bound.mul == 0:
+            cuts.add(bound.const - first)
+        elif bound.div != 1 or bound.mul != 1:
+            return None
     return [
         piece(Lattice(q, n_q, keys.stride), Lattice(k, n_k, keys.stride), repeat)
-        for q, k, n_q, n_k, repeat in _residue_families(keys.stride, q_len, k_len)
+        for q, k, n_q, n_k, repeat in _residue_families(keys.stride, q_len, k_len, cuts)
     ]
 
 
-def _residue_families(stride: int, q_len: int, k_len: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield (first query, first key, queries, keys, members) of runs of residues with equal counts."""
+def _indices(positions: Listed | Periodic | None, first: int, length: int) -> Indices:
+    """Return the indices, counted from position `first`, of the listed positions among the next `length`."""
+    if positions is None:
+        return Lattice(0, length)
+    if isinstance(positions, Listed):
+        indices = np.array(positions.positions, dtype=np.int64) - first
+        return IndexList(indices[(indices >= 0) & (indices < length)])
+    offset = (positions.offset - first) % positions.period
+    if positions.width == 1:
+        return Lattice(offset, len(range(offset, length, positions.period)), positions.period)
+    whole = Comb(offset, positions.period, positions.width, 2**62)
+    return Comb(offset, positions.period, positions.width, int(whole.count_below(np.array(length))))
+
+
+def _contradict(interval: Interval) -> bool:
+    """True where two bounds at constant distances already leave no key."""
+
+    def distances(bounds: tuple[Bound, ...]) -> list[int]:
+        return [b.const + b.add for b in bounds if b.div == 1 and b.mul == 1]
+
+    starts, stops = distances(interval.starts), distances(interval.stops)
+    return bool(starts and stops) and max(starts) >= min(stops)
+
+
+def _residue_families(
+    stride: int, q_len: int, k_len: int, cuts: set[int]
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield (first query, first key, queries, keys, members) of runs of residues with equal counts.
+
+    cuts: key indices; residues on either side of one have different numbers of keys below it.
+    """
     behind = k_len - q_len
-    run: list[int] | None = None
-    for k in range(min(stride, k_len)):
+    # Residues differ where the first query wraps around, and where queries, keys or keys below a cut end.
+    edges = {0, min(stride, k_len), behind % stride, k_len % stride}
+    edges |= {cut % stride for cut in cuts}
+    ordered = sorted(e for e in edges if 0 <= e <= min(stride, k_len))
+    for k, stop in pairwise(ordered):
         q = (k - behind) % stride
         n_q, n_k = len(range(q, q_len, stride)), len(range(k, k_len, stride))
-        if run is not None and run[2] == n_q and run[3] == n_k and q == run[0] + run[4]:
-            run[4] += 1
-            continue
-        if run is not None and run[2]:
-            yield run[0], run[1], run[2], run[3], run[4]
-        run = [q, k, n_q, n_k, 1]
-    if run is not None and run[2]:
-        yield run[0], run[1], run[2], run[3], run[4]
+        if n_q:
+            yield q, k, n_q, n_k, stop - k

@@ -2,37 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from torch import Tensor
 
 from ..patterns.base import Context, Pattern
-from ..patterns.parts import Every, Part
+from ..patterns.parts import Drawn, Every, Part
 from .constraint import Constraint
 from .intervals import Interval, Leftover, disjoint
 from .pieces import Piece, pieces_of
-from .tiles import Tiles, tiles_of
+from .step import Reads, by_head, reads_of
+from .tiles import Tiles, drawn_tiles, tiles_of
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPlan:
+    """What the query heads `heads` see; they all see the same, but for drawn blocks.
+
+    pieces, tiles: disjoint; together exactly the allowed pairs.
+    n_pieces: intervals (a family counts once) and tile lists that hold at least one pair.
+    """
+
+    heads: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    tiles: tuple[Tiles, ...]
+    n_pieces: int
+
+    @cached_property
+    def pairs(self) -> int:
+        """Allowed pairs, summed over the heads."""
+        return len(self.heads) * sum(p.pairs for p in self.pieces) + sum(t.pairs for t in self.tiles)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The pieces of one sequence: queries are the last `q_len` of `k_len` keys.
+    """The plan of one sequence: queries are the last `q_len` of `k_len` keys, which begin at position `first`.
 
-    pieces, tiles: disjoint; together exactly the allowed pairs.
-    n_pieces: intervals (a family counts once) and tile lists that hold at least one pair.
-    pairs: allowed pairs per head, the mean where heads differ.
-    dense_pairs: the pairs dense attention has under the same constraint.
+    reads: for a single query, what it reads; None for more.
+    make_groups: gives `groups`, when they are asked for: a single query is served by `reads` alone.
     """
 
     heads: int
     q_len: int
     k_len: int
-    pieces: tuple[Piece, ...]
-    tiles: tuple[Tiles, ...]
-    n_pieces: int
-    pairs: float
-    dense_pairs: int
+    first: int
+    constraint: Constraint
+    make_groups: Callable[[], tuple[HeadPlan, ...]]
+    reads: tuple[Reads, ...] | None = None
+
+    @cached_property
+    def groups(self) -> tuple[HeadPlan, ...]:
+        """The heads, each in exactly one group."""
+        return self.make_groups()
+
+    @cached_property
+    def n_pieces(self) -> int:
+        """Intervals, families and tile lists that hold at least one pair, over all groups."""
+        return sum(own.n_pieces for own in self.reads or self.groups)
+
+    @cached_property
+    def pairs(self) -> float:
+        """Allowed pairs per head, the mean where heads differ."""
+        return sum(own.pairs for own in self.reads or self.groups) / self.heads
+
+    @cached_property
+    def dense_pairs(self) -> int:
+        """The pairs per head that dense attention has under the same constraint."""
+        return _dense_pairs(self.constraint, self.q_len, self.k_len, self.first)
 
 
 def make_plan(
@@ -44,24 +82,54 @@ def make_plan(
     heads: int,
     layer: int = 0,
     first: int = 0,
+    chosen: tuple[int, ...] = (),
 ) -> Plan:
-    """Return the plan for keys at positions first .. first + k_len; shared by all layers that ask for the same."""
-    layer = layer if pattern.per_layer else 0  # one plan for all layers
-    parts = pattern.parts(Context(constraint.causal, layer if pattern.per_layer else None))
+    """Return the plan for keys at positions first .. first + k_len; shared by all layers that ask for the same.
+
+    chosen: positions that are global in this sequence.
+    """
+    context = constraint.context(pattern, layer=layer, heads=heads, length=first + k_len, chosen=chosen)
+    parts = _parts(pattern, context)
     if parts is None:
-        return _plan_predicate(pattern, constraint, q_len, k_len, heads, layer, first)
-    return _plan_parts(tuple(parts), constraint, q_len, k_len, heads, first)
+        return _plan_predicate(pattern, context, constraint, q_len, k_len, first)
+    return _plan_parts(parts, constraint, q_len, k_len, heads, first)
+
+
+@lru_cache(maxsize=256)
+def _parts(pattern: Pattern, context: Context) -> tuple[Part, ...] | None:
+    parts = pattern.parts(context)
+    if parts is None or sum(isinstance(part.keys, Drawn) for part in parts) > 1:
+        return None
+    return tuple(parts)
 
 
 @lru_cache(maxsize=256)
 def _plan_parts(
     parts: tuple[Part, ...], constraint: Constraint, q_len: int, k_len: int, heads: int, first: int
 ) -> Plan:
+    def groups() -> tuple[HeadPlan, ...]:
+        return tuple(
+            _head_plan(numbers, own, constraint, q_len, k_len, first)
+            for numbers, own in by_head(parts, heads)
+        )
+
+    reads = reads_of(parts, constraint, k_len, heads, first) if q_len == 1 else None
+    return Plan(heads, q_len, k_len, first, constraint, groups, reads)
+
+
+def _head_plan(
+    heads: tuple[int, ...],
+    parts: tuple[Part, ...],
+    constraint: Constraint,
+    q_len: int,
+    k_len: int,
+    first: int,
+) -> HeadPlan:
     starts, stops = constraint.bounds()
     intervals, leftovers = _disjoint(parts)
     pieces: list[Piece] = []
     tiles: list[Tiles] = []
-    n_pieces, pairs = 0, 0.0
+    n_pieces = 0
     for interval in intervals:
         clipped = replace(interval, starts=(*interval.starts, *starts), stops=(*interval.stops, *stops))
         found = pieces_of(clipped, q_len, k_len, first)
@@ -71,31 +139,35 @@ def _plan_parts(
         found = [piece for piece in found if piece.pairs]
         pieces += found
         n_pieces += bool(found)
-        pairs += sum(piece.pairs for piece in found)
     for leftover in leftovers:
 
         def allowed(head: Tensor, query: Tensor, key: Tensor, leftover: Leftover = leftover) -> Tensor:
             return leftover.allowed(query, key) & constraint.admits(query, key)
 
-        tile = tiles_of(allowed, heads, q_len, k_len, first)
+        bounds = (*leftover.interval.starts, *starts), (*leftover.interval.stops, *stops)
+        if isinstance(leftover.interval.keys, Drawn):
+            tile = drawn_tiles(leftover, allowed, bounds, heads, q_len, k_len, first)
+        else:
+            tile = tiles_of(allowed, heads, q_len, k_len, first, bounds)
         if tile.pairs:
             tiles.append(tile)
             n_pieces += 1
-            pairs += tile.pairs / heads
-    dense = _dense_pairs(constraint, q_len, k_len, first)
-    return Plan(heads, q_len, k_len, tuple(pieces), tuple(tiles), n_pieces, pairs, dense)
+    return HeadPlan(heads, tuple(pieces), tuple(tiles), n_pieces)
 
 
 @lru_cache(maxsize=32)
 def _plan_predicate(
-    pattern: Pattern, constraint: Constraint, q_len: int, k_len: int, heads: int, layer: int, first: int
+    pattern: Pattern, context: Context, constraint: Constraint, q_len: int, k_len: int, first: int
 ) -> Plan:
     def allowed(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return constraint.allowed(pattern, layer, head, query, key)
+        return constraint.allowed(pattern, context, head, query, key)
 
-    tile = tiles_of(allowed, heads, q_len, k_len, first)
-    dense = _dense_pairs(constraint, q_len, k_len, first)
-    return Plan(heads, q_len, k_len, (), (tile,), 1, tile.pairs / heads, dense)
+    def groups() -> tuple[HeadPlan, ...]:
+        tile = tiles_of(allowed, heads, q_len, k_len, first, constraint.bounds())
+        return (HeadPlan(heads, (), (tile,), 1),)
+
+    heads = tuple(range(context.heads))
+    return Plan(len(heads), q_len, k_len, first, constraint, groups)
 
 
 _disjoint = lru_cache(maxsize=256)(disjoint)
@@ -103,7 +175,6 @@ _disjoint = lru_cache(maxsize=256)(disjoint)
 
 @lru_cache(maxsize=256)
 def _dense_pairs(constraint: Constraint, q_len: int, k_len: int, first: int) -> int:
-    starts, stops = constraint.bounds()
-    pieces = pieces_of(Interval(Every(), tuple(starts), tuple(stops)), q_len, k_len, first)
+    pieces = pieces_of(Interval(Every(), *constraint.bounds()), q_len, k_len, first)
     assert pieces is not None
-    return sum(piece.pairs for piece in pieces)
+    return pieces[0].pairs

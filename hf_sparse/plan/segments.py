@@ -6,7 +6,7 @@ rows; the position of a token is its place in that list, so padding shifts posit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ class Segment:
     rows: batch rows.
     slots: key slots, a slice, or an int64 tensor [n] where other slots lie between them.
     first: position of the first slot's token; more than 0 where a cache has dropped earlier tokens.
+    chosen: the positions of this sequence that are global, ascending.
     """
 
     rows: slice
     slots: slice | Tensor
     first: int = 0
+    chosen: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -88,6 +90,26 @@ class Segments:
                 entries.append(Segment(slice(row, stop), slots, int(before[row])))
             row = stop
         return Segments(batch, k_len, tuple(entries))
+
+    def choose(self, chosen: Tensor) -> Segments:
+        """Return the same sequences with their global tokens; rows of a sequence that differ in them are divided.
+
+        Args:
+            chosen: [B, K] bool, True = global; padding is never.
+        """
+        table = chosen.cpu().numpy()
+        entries: list[Segment] = []
+        for segment in self.entries:
+            slots = segment.slots if isinstance(segment.slots, slice) else segment.slots.numpy()
+            row = segment.rows.start
+            while row < segment.rows.stop:
+                stop = row + 1
+                while stop < segment.rows.stop and np.array_equal(table[stop][slots], table[row][slots]):
+                    stop += 1
+                positions = np.flatnonzero(table[row][slots]) + segment.first
+                entries.append(replace(segment, rows=slice(row, stop), chosen=tuple(positions.tolist())))
+                row = stop
+        return Segments(self.batch, self.k_len, tuple(entries))
 
     @property
     def is_whole(self) -> bool:

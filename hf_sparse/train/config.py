@@ -11,7 +11,7 @@ import yaml
 from transformers import TrainingArguments
 
 from ..backends import check_backend
-from ..patterns import Pattern, Union, get_pattern
+from ..patterns import Pattern, Union, get_pattern, load_plugin
 
 
 def _option(default: Any, help: str) -> Any:
@@ -34,6 +34,9 @@ class AdaptationArguments:
         None,
         "options of the pattern as a YAML or JSON mapping, e.g. '{window: 128}', the rest keep their defaults; "
         "for a union one mapping per member, e.g. '{strided: {stride: 8}}'",
+    )
+    plugin: list[str] | None = _option(
+        None, "Python files that register patterns of your own; only name files you trust: they are run"
     )
     layers: list[int] | None = _option(
         None, "layers that get the pattern, the others stay dense; default: all"
@@ -58,6 +61,10 @@ class AdaptationArguments:
 
     def __post_init__(self) -> None:
         self.pattern_options = _mapping(self.pattern_options)
+        if isinstance(self.plugin, str):
+            self.plugin = [self.plugin]
+        for file in self.plugin or ():  # before the pattern, which may come from one
+            load_plugin(file)
         self.chosen_pattern()
         check_backend(self.backend)
         _check_least("length", self.length, 2)
@@ -67,7 +74,7 @@ class AdaptationArguments:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}; 0 is a good start.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
-        for name in ("text", "lora_targets", "layers"):
+        for name in ("text", "lora_targets", "layers", "plugin"):
             if getattr(self, name) == []:
                 raise ValueError(
                     f"{name} is an empty list; name at least one, or leave it out for the default."

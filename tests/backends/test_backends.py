@@ -233,7 +233,10 @@ def test_segments_of_another_batch_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "tirch"}, "unknown backend 'tirch'. Available: auto, reference, torch."),
+        (
+            {"backend": "tirch"},
+            "unknown backend 'tirch'. Available: auto, reference, torch, flex, cuda_flash.",
+        ),
         ({"heads": 3}, "3 query heads are no multiple of 2 key heads"),
         ({"q_len": 12}, "12 queries for 10 keys"),
         ({"width": 5}, "shapes do not fit"),

@@ -238,7 +238,7 @@ def test_describe_says_what_runs():
     model.set_attn_implementation("eager")
     text = hf_sparse.describe(model)
     assert "dense attention ('eager')" in text and "stored in its config but not active" in text
-    assert "tiled in training (attention dropout is 0.1)" in hf_sparse.describe(
+    assert "in training torch, operator tiled (attention dropout is 0.1)" in hf_sparse.describe(
         hf_sparse.patch_model(tiny("gpt2"), "full")
     )
 

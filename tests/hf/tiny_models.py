@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import hf_sparse
 from hf_sparse.plan import Constraint
 
 VOCAB = 64
@@ -121,3 +122,24 @@ def oracle_logits(name: str, pattern, ids: Tensor) -> Tensor:
 def logits(model: torch.nn.Module, ids: Tensor, **kwargs) -> Tensor:
     with torch.no_grad():
         return model(input_ids=ids, **kwargs).logits
+
+
+PLACES = ((5,), (2, 9), ())  # global positions of three rows
+LENGTHS = (20, 14, 17)  # and their tokens
+
+
+def longformer(name: str, **options) -> torch.nn.Module:
+    """Return the tiny model under a narrow longformer without globals of its own."""
+    return hf_sparse.patch_model(tiny(name), "longformer", **{"window": 3, "global_tokens": (), **options})
+
+
+def rows_with_globals(side: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, padding mask and global mask [3, 20] of three rows, padded on that side."""
+    ids = torch.full((3, max(LENGTHS)), 1)
+    mask, chosen = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, length in enumerate(LENGTHS):
+        start = max(LENGTHS) - length if side == "left" else 0
+        ids[row, start : start + length] = tokens(1, length, seed=row)[0]
+        mask[row, start : start + length] = 1
+        chosen[row, [start + place for place in PLACES[row]]] = 1
+    return ids, mask, chosen

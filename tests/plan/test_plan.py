@@ -41,27 +41,51 @@ CONSTRAINTS = [
 def times_held(plan) -> np.ndarray:
     """Return how often each pair [H, Q, K] is held by the pieces and tiles, counted one by one."""
     held = np.zeros((plan.heads, plan.q_len, plan.k_len), dtype=int)
-    for piece in plan.pieces:
-        lo, hi = piece.bounds()
-        assert (lo >= 0).all() and (hi <= piece.keys.count).all()
-        queries = piece.queries.at(np.arange(piece.queries.count))
-        keys = piece.keys.at(np.arange(piece.keys.count))
-        for member in range(piece.repeat):
-            for t, query in enumerate(queries):
-                held[:, query + member, keys[lo[t] : hi[t]] + member] += 1
-    for tiles in plan.tiles:
-        for block in range(len(tiles.key_blocks)):
-            start, stop = tiles.rows(block)
-            keys, allowed = tiles.tile(block, torch.device("cpu"))
-            for column, key in enumerate(keys.tolist()):
-                held[:, start:stop, key] += allowed[:, :, column].numpy()
+    assert sorted(head for group in plan.groups for head in group.heads) == list(range(plan.heads))
+    for group in plan.groups:
+        heads = list(group.heads)
+        for piece in group.pieces:
+            lo, hi = piece.bounds()
+            assert (lo >= 0).all() and (hi <= piece.keys.count).all()
+            assert (np.diff(lo[hi > lo]) >= 0).all() and (np.diff(hi[hi > lo]) >= 0).all()
+            queries = piece.queries.at(np.arange(piece.queries.count))
+            keys = piece.keys.at(np.arange(piece.keys.count))
+            for member in range(piece.repeat):
+                skipped = piece.skipped_rows(member) if piece.repeat > 1 else ()
+                for t, query in enumerate(queries):
+                    if t not in skipped:
+                        seen = np.zeros(plan.k_len, dtype=int)
+                        seen[keys[lo[t] : hi[t]] + member] = 1
+                        held[heads, query + member] += seen
+        for tiles in group.tiles:
+            assert tiles.heads == group.heads
+            for block in range(tiles.q_blocks):
+                start, stop = tiles.rows(block, block + 1)
+                keys, allowed = tiles.check(block, block + 1)
+                rows = (
+                    torch.arange(start, stop)
+                    + plan.first
+                    + plan.k_len
+                    - plan.q_len
+                    - (tiles.first_block + block) * tiles.query_block
+                )
+                for number, head in enumerate(heads):
+                    listed = tiles.lists[min(number, len(tiles.lists) - 1), block]
+                    assert len(set(listed[listed >= 0])) == (listed >= 0).sum()
+                    pairs = allowed[number, 0, rows]
+                    for column, key in enumerate(keys[min(number, len(keys) - 1), 0].tolist()):
+                        held[head, start:stop, key] += pairs[:, column].numpy()
+                    if not tiles.masked[block]:
+                        wanted = np.repeat(listed >= 0, tiles.key_block)
+                        assert (pairs.numpy() == wanted).all() and len(rows) == tiles.query_block
     return held
 
 
 def allowed(pattern, constraint, heads, q_len, k_len, first) -> np.ndarray:
     query = torch.arange(k_len - q_len, k_len)[None, :, None] + first
     key = torch.arange(k_len)[None, None, :] + first
-    mask = constraint.allowed(pattern, 0, torch.arange(heads)[:, None, None], query, key)
+    context = constraint.context(pattern, layer=0, heads=heads, length=first + k_len)
+    mask = constraint.allowed(pattern, context, torch.arange(heads)[:, None, None], query, key)
     return mask.expand(heads, q_len, k_len).numpy()
 
 
@@ -132,7 +156,7 @@ def test_plan_of_any_union(members, causal, window, q_len, behind, first):
 )
 def test_a_pattern_is_a_handful_of_pieces(pattern, causal, pieces):
     plan = make_plan(pattern, Constraint(causal), 50, 50, heads=1)
-    assert plan.n_pieces == pieces and not plan.tiles
+    assert plan.n_pieces == pieces and not any(group.tiles for group in plan.groups)
 
 
 class EveryOtherHead(Pattern):
@@ -145,12 +169,14 @@ class EveryOtherHead(Pattern):
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_bare_predicate_is_planned_as_tiles(causal):
     plan = check(EveryOtherHead(), Constraint(causal), 150, 150, heads=3)
-    assert plan.pieces == () and plan.n_pieces == 1
+    assert not plan.groups[0].pieces and plan.n_pieces == 1
     check(EveryOtherHead(), Constraint(causal), 4, 131, heads=3)
 
 
 class LowLayersNear(Pattern):
-    per_layer = True
+    @property
+    def per_layer(self):
+        return True
 
     def allows(self, context, head, query, key):
         return query - key < 2 + context.layer
@@ -168,7 +194,7 @@ def test_layers_share_a_plan_and_a_million_tokens_stay_small():
     a = make_plan(SlidingWindow(window=512), Constraint(), 2**20, 2**20, heads=8, layer=0)
     assert a is make_plan(SlidingWindow(window=512), Constraint(), 2**20, 2**20, heads=8, layer=7)
     assert a.pairs == 512 * 2**20 - 512 * 511 // 2
-    assert sum(sys.getsizeof(piece) for piece in a.pieces) < 1000
+    assert sum(sys.getsizeof(piece) for piece in a.groups[0].pieces) < 1000
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import pytest
 
 from hf_sparse import SlidingWindow, Strided, get_pattern
+from hf_sparse.patterns import registry
 from hf_sparse.train import AdaptationArguments, ConfigParser, SparseTrainingArguments
 
 
@@ -44,6 +45,39 @@ def test_union_takes_the_options_of_each_member():
 
 def test_the_dense_control_is_the_full_pattern():
     assert AdaptationArguments(dense_control=True).chosen_pattern() == get_pattern("full")
+
+
+PLUGIN = """
+from dataclasses import dataclass
+import hf_sparse
+
+@hf_sparse.register_pattern("{name}")
+@dataclass(frozen=True)
+class Mine(hf_sparse.Pattern):
+    reach: int = 4
+
+    def allows(self, context, head, query, key):
+        return query - key < self.reach
+"""
+
+
+def test_patterns_of_a_plugin_train_too(parser, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_PATTERNS", dict(registry._PATTERNS))
+    for name in ("from_a_file", "another"):
+        (tmp_path / f"{name}.py").write_text(PLUGIN.format(name=name), encoding="utf-8")
+    with pytest.raises(ValueError, match="unknown pattern 'from_a_file'"):
+        AdaptationArguments(pattern="from_a_file")
+    text = f"pattern: from_a_file\npattern_options: {{reach: 9}}\nplugin: {tmp_path}/from_a_file.py\n"
+    arguments, _ = parser.parse(["--config", write(tmp_path, text)])
+    assert str(arguments.chosen_pattern()) == "from_a_file(reach=9)"
+    assert arguments.as_json()["plugin"] == [f"{tmp_path}/from_a_file.py"]
+    files = [f"{tmp_path}/{name}.py" for name in ("from_a_file", "another")]
+    arguments, _ = parser.parse(["--plugin", *files, "--pattern", "another | strided"])
+    assert "another(reach=4) | strided" in str(arguments.chosen_pattern())
+    with pytest.raises(ValueError, match="there is no plugin file"):
+        AdaptationArguments(plugin=str(tmp_path / "missing.py"))
+    with pytest.raises(ValueError, match="plugin is an empty list"):
+        AdaptationArguments(plugin=[])
 
 
 @pytest.fixture

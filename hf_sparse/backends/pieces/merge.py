@@ -23,11 +23,12 @@ def merged(out: Tensor, lse: Tensor, o: Tensor, part: Tensor) -> tuple[Tensor, T
     a, b = (lse - top).exp(), (part - top).exp()
     total = a + b
     share = (b / total.clamp_min(torch.finfo(total.dtype).tiny))[..., None]
-    return torch.lerp(out.to(share.dtype), o.to(share.dtype), share), top + total.log()
+    return torch.lerp(out.to(share.dtype), o.to(share.dtype), share), total.log_().add_(top)
 
 
-def put(target: Tensor, share: Tensor, alone: bool) -> None:
-    if alone:
+def put(target: Tensor, share: Tensor, writes: bool) -> None:
+    """Write a share of a gradient, or add it to what other pieces gave."""
+    if writes:
         target.copy_(share)
     else:
         target.add_(share)

@@ -1,42 +1,43 @@
-"""Masked softmax over one cache-sized tile of scores: the operator for spans with a mask, dropout or soft-capping.
+"""Masked softmax over cache-sized tiles of scores: the operator for spans with a mask, dropout or soft-capping.
 
-On a CPU two batched matrix products and a softmax on a tile that stays in the second-level cache are faster than the
-fused operator with a mask, which works on 32 rows at a time and reads the mask as well (benchmarks/README.md).
-Everything is computed in float32 at least.
+On a CPU batched matrix products and a softmax on tiles that stay in the cache are faster than the fused operator with a
+mask, which works on 32 rows at a time and reads the mask as well (benchmarks/README.md). All that a row reads stands
+side by side in one buffer, so that several spans need one softmax. Everything is computed in float32 at least.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass
 class TileSpan:
-    """Keys read by every row of a tile.
+    """Keys read by the rows of T tiles.
 
-    key: [H_kv, S, D]; value: [H_kv, S, Dv].
-    bias: [M, S] or [H_kv, M, S], 0 = may attend, -inf = not; None when every row sees all.
-    index: [S] int64, where the keys stand in the list that gradients are added to; None when they follow each other.
+    key: [T, S, D], or [S, D] where all tiles read the same; value: likewise with Dv.
+    bias: [M, S] or [T, M, S], 0 = may attend, -inf = not; None when every row sees all.
+    wider: gives key and value with so many of the keys before them as well, or None where there are not that many.
+    give: takes the gradients of key and value, good until the next call.
     """
 
     key: Tensor
     value: Tensor
-    bias: Tensor | None
-    index: Tensor | None = None
-    dkey: Tensor | None = None
-    dvalue: Tensor | None = None
+    bias: Tensor | None = None
+    wider: Callable[[int], tuple[Tensor, Tensor] | None] | None = None
+    give: Callable[[Tensor, Tensor], None] | None = None
 
-    def add(self, dkey: Tensor, dvalue: Tensor) -> None:
-        assert self.dkey is not None and self.dvalue is not None
-        if self.index is None:
-            self.dkey += dkey
-            self.dvalue += dvalue
-        else:
-            self.dkey.index_add_(1, self.index, dkey.to(self.dkey.dtype))
-            self.dvalue.index_add_(1, self.index, dvalue.to(self.dvalue.dtype))
+    @property
+    def width(self) -> int:
+        return self.key.shape[-2]
+
+    @property
+    def constant(self) -> bool:
+        return self.key.dim() == 2
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Tiled:
     """One call's fixed numbers, and buffers reused from tile to tile.
 
     scale, softcap, dropout: as in `Call`.
-    seed: of the dropout masks; tile number i draws from a generator seeded with seed + i, so that the backward pass
+    seed: of the dropout masks; the i-th call draws from a generator seeded with seed + i, so that the backward pass
         draws the same.
     """
 
@@ -52,37 +53,25 @@ class Tiled:
     softcap: float | None = None
     dropout: float = 0.0
     seed: int = 0
-    tiles: int = 0
-    _buffers: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    calls: int = 0
+    _buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def forward(
         self, query: Tensor, spans: list[TileSpan], empty: Tensor | None, want_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output [H, C, Dv], good until the next call, and, if wanted, the log-sum-exp [H, C] of a tile.
+        """Return the output [T, M, Dv], good until the next call, and, if wanted, the log-sum-exp [T, M].
 
         Args:
-            query: [H, C, D]; H is a multiple of the spans' H_kv, C * H / H_kv = M rows per key head.
-            empty: [M] or [H_kv, M] bool, rows that see no key (their bias is 0): output 0, log-sum-exp -inf.
+            query: [T, M, D] in the dtype of the computation.
+            empty: [M] or [T, M] bool, rows that see no key (their bias is 0): output 0, log-sum-exp -inf.
         """
-        heads, rows, _ = query.shape
-        out, lse = self.forward_rows(self._rows(query, spans[0].key), spans, empty, want_lse)
-        return out.view(heads, rows, -1), None if lse is None else lse.reshape(heads, rows)
-
-    def forward_rows(
-        self, rows_q: Tensor, spans: list[TileSpan], empty: Tensor | None, want_lse: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the same as [T, M, Dv] and [T, M] for T tiles at once; the output is overwritten by the next call.
-
-        Args:
-            rows_q: [T, M, D] in the dtype of the computation; the spans' keys and values then are [T, S, D or Dv].
-        """
-        weights, lse, _ = self._weights(rows_q, spans, None, want_lse)
-        self._drop(weights)
-        out = self._buffer("out", rows_q, (*rows_q.shape[:2], spans[0].value.shape[-1]))
-        for number, (weight, span) in enumerate(zip(weights, spans, strict=True)):
-            torch.baddbmm(out, weight, span.value.to(weight.dtype), beta=min(number, 1), out=out)
+        weights, lse, _ = self._weights(query, spans, empty, None, want_lse)
+        if (kept := self._kept(weights)) is not None:
+            weights.mul_(kept)
+        values = [span.value for span in spans]
+        out = self._sum("out", weights, spans, values, 1.0)
         if empty is not None:
-            out = out.masked_fill(empty[..., None], 0.0)
+            out.masked_fill_(empty[..., None], 0.0)
             lse = lse.masked_fill(empty, float("-inf")) if lse is not None else None
         return out, lse
 
@@ -91,116 +80,169 @@ class Tiled:
         grad: Tensor,
         query: Tensor,
         spans: list[TileSpan],
-        out: Tensor,
+        out: Tensor | None,
         lse: Tensor | None,
         empty: Tensor | None,
     ) -> Tensor:
-        """Return dq [H, C, D] of a tile, and add to the spans' dkey and dvalue.
+        """Return dq [T, M, D], good until the next call, and give the spans their gradients.
 
         Args:
-            grad, out: [H, C, Dv]; `out` and `lse` [H, C] are those of everything the rows see. `lse` is None when the
-                rows see this one span only; the softmax is then taken anew.
+            grad, out: [T, M, Dv]; `out` and `lse` [T, M] are those of everything the rows see. Both are None when the
+                rows see these spans only; the softmax is then taken anew.
         """
-        first = spans[0].key
-        rows_q, rows_g = self._rows(query, first), self._rows(grad, first)
-        rows_lse = None if lse is None else lse.reshape(first.shape[0], -1)
-        if rows_lse is not None and empty is not None:
-            rows_lse = rows_lse.masked_fill(empty, 0.0)  # exp(score - -inf) would be infinite
-        weights, _, slopes = self._weights(rows_q, spans, rows_lse, False)
+        if lse is not None and empty is not None:
+            lse = lse.masked_fill(empty, 0.0)  # exp(score - -inf) would be infinite
+        weights, _, slopes = self._weights(query, spans, empty, lse, False)
         if empty is not None:
-            for weight in weights:
-                weight.masked_fill_(empty[..., None], 0.0)
-        kept = self._drop_masks(weights)
-        if rows_lse is not None:
-            delta = (rows_g * self._rows(out, first)).sum(-1, keepdim=True)
-        dq = None
-        for number, (weight, span) in enumerate(zip(weights, spans, strict=True)):
-            key, value = span.key.to(weight.dtype), span.value.to(weight.dtype)
-            used = weight if kept is None else weight * kept[number]
-            dvalue = torch.bmm(used.mT, rows_g)
-            dweight = torch.bmm(rows_g, value.mT, out=self._buffer(f"dweight{number}", weight))
-            if kept is not None:
-                dweight.mul_(kept[number])
-            if rows_lse is None:
-                dscore = torch.ops.aten._softmax_backward_data(dweight, weight, -1, weight.dtype)
-            else:
-                dscore = dweight.sub_(delta).mul_(weight)
-            if slopes is not None:
-                dscore.mul_(slopes[number])
-            share = torch.baddbmm(
-                dq if dq is not None else rows_q, dscore, key, beta=float(dq is not None), alpha=self.scale
-            )
-            dq = share
-            dkey = torch.bmm(dscore.mT, rows_q).mul_(self.scale)
-            span.add(dkey, dvalue)
-        assert dq is not None
-        return dq.view(query.shape)
+            weights.masked_fill_(empty[..., None], 0.0)
+        kept = self._kept(weights)
+        used = weights if kept is None else weights * kept
+        dweight = self._products("dweight", grad, spans, of_values=True)
+        if kept is not None:
+            dweight.mul_(kept)
+        if lse is None:
+            dscore = self._buffer("dscore", weights, tuple(weights.shape))
+            torch.ops.aten._softmax_backward_data.out(dweight, weights, -1, weights.dtype, grad_input=dscore)
+        else:
+            assert out is not None
+            dscore = dweight.sub_((grad * out).sum(-1, keepdim=True)).mul_(weights)
+        if slopes is not None:
+            dscore.mul_(slopes)
+        for span, columns in _columns(spans):
+            if span.give is not None:
+                dvalue = self._transposed("dvalue", used[..., columns], grad, span, 1.0)
+                span.give(self._transposed("dkey", dscore[..., columns], query, span, self.scale), dvalue)
+        return self._sum("dquery", dscore, spans, [span.key for span in spans], self.scale)
 
     def _weights(
-        self, rows_q: Tensor, spans: list[TileSpan], lse: Tensor | None, want_lse: bool
-    ) -> tuple[list[Tensor], Tensor | None, list[Tensor] | None]:
-        """Return the softmax weights of each span, the log-sum-exp, and (soft-capping) the slopes of the cap."""
-        scores = [self._scores(rows_q, span, number) for number, span in enumerate(spans)]
+        self,
+        query: Tensor,
+        spans: list[TileSpan],
+        empty: Tensor | None,
+        lse: Tensor | None,
+        want_lse: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the softmax weights [T, M, W], the log-sum-exp, and (soft-capping) the slopes of the cap."""
+        scores = self._products("score", query, spans, of_values=False)
         slopes = None
         if self.softcap is not None:
-            slopes = []
-            for score in scores:
-                score.div_(self.softcap).tanh_()
-                slopes.append(1 - score * score)
-                score.mul_(self.softcap)
-            for score, span in zip(scores, spans, strict=True):
-                if span.bias is not None:
-                    score += span.bias
+            scores.div_(self.softcap).tanh_()
+            slopes = 1 - scores * scores
+            scores.mul_(self.softcap)
+            self._mask(scores, spans)
+        if empty is not None:
+            # A softmax of nothing is nan: such rows are computed over all keys, and their result is dropped.
+            scores.masked_fill_(empty[..., None], 0.0)
         if lse is not None:
-            return [score.sub_(lse[..., None]).exp_() for score in scores], lse, slopes
-        if len(scores) == 1:
-            top = scores[0].amax(-1) if want_lse else None
-            # In place on a CPU, where a second tile would not fit the cache beside the first.
-            in_place = scores[0] if scores[0].device.type == "cpu" else None
-            weights = torch.softmax(scores[0], -1, out=in_place)
-            # The largest weight is exp(top - lse), and never underflows.
-            return [weights], None if top is None else top - weights.amax(-1).log(), slopes
-        top = scores[0].amax(-1, keepdim=True)
-        for score in scores[1:]:
-            top = torch.maximum(top, score.amax(-1, keepdim=True))
-        top = top.masked_fill(top == float("-inf"), 0.0)
-        total = torch.zeros_like(top)
-        for score in scores:
-            total += score.sub_(top).exp_().sum(-1, keepdim=True)
-        for score in scores:
-            score.div_(total)
-        return scores, (top + total.log()).squeeze(-1), slopes
+            return scores.sub_(lse[..., None]).exp_(), lse, slopes
+        top = scores.amax(-1) if want_lse else None
+        # In place on a CPU, where a second tile would not fit the cache beside the first.
+        weights = torch.softmax(scores, -1, out=scores if scores.device.type == "cpu" else None)
+        # The largest weight is exp(top - lse), and never underflows.
+        return weights, None if top is None else top - weights.amax(-1).log(), slopes
 
-    def _scores(self, rows_q: Tensor, span: TileSpan, number: int) -> Tensor:
-        key = span.key.to(rows_q.dtype)
-        shape = (rows_q.shape[0], rows_q.shape[1], key.shape[1])
-        out = self._buffer(f"score{number}", rows_q, shape)
-        bias = span.bias if self.softcap is None else None
-        if bias is None:
-            return torch.baddbmm(out, rows_q, key.mT, beta=0, alpha=self.scale, out=out)
-        return torch.baddbmm(bias, rows_q, key.mT, alpha=self.scale, out=out)
+    def _products(self, name: str, rows: Tensor, spans: list[TileSpan], *, of_values: bool) -> Tensor:
+        """Return rows [T, M, D] times the keys (scaled and masked) or values of the spans, [T, M, W]."""
+        shape = (rows.shape[0], rows.shape[1], sum(span.width for span in spans))
+        scores = self._buffer(name, rows, shape)
+        alpha = 1.0 if of_values else self.scale
+        masked = not of_values and self.softcap is None
+        moving = [span for span in spans if not span.constant]
+        before = sum(span.width for span in spans if span.constant)
+        # A batched product writes whole tiles only: where one span moves, it covers the columns of the constant ones
+        # too, which are overwritten.
+        whole = _widened(moving[0], before) if len(moving) == 1 else None
+        for span, columns in _columns(spans):
+            x = span.value if of_values else span.key
+            if span.constant:
+                continue
+            if whole is not None:
+                bias = span.bias if masked else None
+                if bias is not None and before:
+                    bias = pad(bias, (before, 0))
+                start = scores if bias is None else bias
+                torch.baddbmm(
+                    start,
+                    rows,
+                    whole[of_values].mT,
+                    beta=float(bias is not None),
+                    alpha=alpha,
+                    out=scores,
+                )
+                continue
+            part = self._buffer("part", rows, (*shape[:2], span.width))
+            torch.baddbmm(part, rows, x.mT, beta=0, alpha=alpha, out=part)
+            if masked and span.bias is not None:
+                part += span.bias
+            scores[..., columns] = part
+        flat = scores.view(-1, shape[2])
+        for span, columns in _columns(spans):
+            if span.constant:
+                x, place = span.value if of_values else span.key, flat[:, columns]
+                torch.addmm(place, rows.reshape(-1, rows.shape[2]), x.mT, beta=0, alpha=alpha, out=place)
+                if masked and span.bias is not None:
+                    scores[..., columns] += span.bias
+        return scores
 
-    def _rows(self, x: Tensor, key: Tensor) -> Tensor:
-        """Return [H, C, D] as [H_kv, M, D] in the dtype of the computation: the query heads of a key head are rows."""
-        if x.shape[0] != key.shape[0]:
-            x = x.reshape(key.shape[0], -1, x.shape[-1])
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+    def _mask(self, scores: Tensor, spans: list[TileSpan]) -> None:
+        for span, columns in _columns(spans):
+            if span.bias is not None:
+                scores[..., columns] += span.bias
 
-    def _buffer(self, name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-        shape = tuple(like.shape) if shape is None else shape
-        if (name, shape) not in self._buffers:
-            self._buffers[name, shape] = like.new_empty(shape)
-        return self._buffers[name, shape]
+    def _sum(
+        self, name: str, weights: Tensor, spans: list[TileSpan], parts: list[Tensor], alpha: float
+    ) -> Tensor:
+        """Return the weighted sum of the spans' keys or values, [T, M, D or Dv]."""
+        total = self._buffer(name, weights, (*weights.shape[:2], parts[0].shape[-1]))
+        flat = total.view(-1, total.shape[2])
+        columns = {id(span): c for span, c in _columns(spans)}
+        first = True
+        for span, part in sorted(zip(spans, parts, strict=True), key=lambda pair: pair[0].constant):
+            weight = weights[..., columns[id(span)]]
+            beta = 0.0 if first else 1.0
+            if span.constant:
+                torch.addmm(flat, weight.flatten(0, 1), part, beta=beta, alpha=alpha, out=flat)
+            else:
+                torch.baddbmm(total, weight, part, beta=beta, alpha=alpha, out=total)
+            first = False
+        return total
 
-    def _drop_masks(self, weights: list[Tensor]) -> list[Tensor] | None:
-        """Return the factors 0 or 1 / (1 - dropout) of the next tile's weights; None without dropout."""
+    def _transposed(self, name: str, weight: Tensor, rows: Tensor, span: TileSpan, alpha: float) -> Tensor:
+        """Return weight^T times rows, in the shape of the span's key (rows of D) or value (Dv)."""
+        shape = (*span.key.shape[:-1], rows.shape[-1])
+        out = self._buffer(name, rows, shape)
+        if span.constant:
+            flat = rows.reshape(-1, rows.shape[2])
+            return torch.addmm(out, weight.flatten(0, 1).mT, flat, beta=0, alpha=alpha, out=out)
+        return torch.baddbmm(out, weight.mT, rows, beta=0, alpha=alpha, out=out)
+
+    def _buffer(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        size = 1
+        for length in shape:
+            size *= length
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = like.new_empty(size)
+        return self._buffers[name][:size].view(shape)
+
+    def _kept(self, weights: Tensor) -> Tensor | None:
+        """Return the factors 0 or 1 / (1 - dropout) of the next call's weights; None without dropout."""
         if not self.dropout:
             return None
-        generator = torch.Generator(weights[0].device).manual_seed((self.seed + self.tiles) % 2**63)
-        self.tiles += 1
+        generator = torch.Generator(weights.device).manual_seed((self.seed + self.calls) % 2**63)
+        self.calls += 1
         keep = 1.0 - self.dropout
-        return [torch.empty_like(w).bernoulli_(keep, generator=generator).div_(keep) for w in weights]
+        return torch.empty_like(weights).bernoulli_(keep, generator=generator).div_(keep)
 
-    def _drop(self, weights: list[Tensor]) -> None:
-        for weight, factor in zip(weights, self._drop_masks(weights) or (), strict=False):
-            weight.mul_(factor)
+
+def _columns(spans: list[TileSpan]) -> Iterator[tuple[TileSpan, slice]]:
+    """Yield the spans with their columns of the scores: constant ones first."""
+    start = 0
+    for span in sorted(spans, key=lambda span: not span.constant):
+        yield span, slice(start, start + span.width)
+        start += span.width
+
+
+def _widened(span: TileSpan, before: int) -> tuple[Tensor, Tensor] | None:
+    if not before:
+        return span.key, span.value
+    return None if span.wider is None else span.wider(before)

@@ -1,0 +1,274 @@
+"""Global tokens of one call: ``model(input_ids, global_attention_mask=mask)``, and the tokens of `token_ids`.
+
+A hook before the model that makes the masks takes the argument out of the call and notes it for `make_mask`, which runs
+within that model's forward and puts it into the `SparseMask`; nothing after that depends on where or when it runs. With
+a cache the flags of the tokens seen are kept on the cache, which reorders and crops them together with its keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+
+from ..patterns import Pattern
+from .attention import GLOBALS
+from .hooks import add_hook, argument, mask_owner, remove_hooks
+from .mask import Forward, SparseMask, running_forwards
+from .routing import verify_routing
+from .stored_settings import settings_for
+
+_PREPARE = "prepare_inputs_for_generation"
+
+
+@torch.compiler.disable
+def begin_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: note the call's global tokens, and take `global_attention_mask` out of it."""
+    forward = Forward(module)
+    running_forwards().append(forward)
+    given = kwargs.get(GLOBALS)
+    pattern = settings_for(module.config).pattern
+    if not pattern.takes_globals:  # the config was changed behind the hook's back
+        refuse_globals(module, args, kwargs)
+    forward.flags = _flags(pattern, module, args, kwargs, given)
+    rest = {name: value for name, value in kwargs.items() if name != GLOBALS}
+    mask = rest.get("attention_mask")
+    if isinstance(mask, SparseMask):  # made before the forward: static caches, models around the text model
+        rest["attention_mask"] = mask.with_globals(forward.flags)
+    elif isinstance(mask, dict):
+        rest["attention_mask"] = {
+            kind: m.with_globals(forward.flags) if isinstance(m, SparseMask) else m
+            for kind, m in mask.items()
+        }
+    return args, rest
+
+
+@torch.compiler.disable
+def end_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook: leave the flags with the cache."""
+    stack = running_forwards()
+    if not stack or stack[-1].module is not module:
+        return
+    flags = stack.pop().flags
+    cache = argument(module, args, kwargs, "past_key_values")
+    if cache is None and output is not None:
+        members = (
+            output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
+        )
+        cache = next((member for member in members if isinstance(member, Cache)), None)
+    if flags is not None and output is not None and isinstance(cache, Cache):
+        _remember(cache, flags)
+
+
+def refuse_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: refuse `global_attention_mask` under a pattern that has no use for it."""
+    if kwargs.get(GLOBALS) is not None:
+        config: Any = module.config
+        pattern = settings_for(config.get_text_config()).pattern
+        raise ValueError(
+            f"{GLOBALS} was given but {pattern} takes no globals from a call; patch with 'longformer' or "
+            f"'global_tokens', or leave it out"
+        )
+
+
+def refuse_lost_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: refuse `global_attention_mask` where a model would not hand it on."""
+    if kwargs.get(GLOBALS) is not None:
+        raise ValueError(
+            f"{type(module).__name__} does not hand {GLOBALS} on to its layers; make tokens global by their positions "
+            f"or by token_ids, as options of the pattern"
+        )
+
+
+GLOBAL_HOOKS = (begin_globals, end_globals, refuse_globals, refuse_lost_globals)
+
+
+def add_global_hooks(model: PreTrainedModel, pattern: Pattern) -> None:
+    """Let the model's forward and generate() take `global_attention_mask`, or refuse it, as the pattern wants."""
+    owner = mask_owner(model)
+    if not pattern.takes_globals:
+        for module in {id(m): m for m in (model, owner)}.values():
+            add_hook(module, refuse_globals)
+        return
+    add_hook(owner, begin_globals)
+    add_hook(owner, end_globals, after=True)
+    let_generate_take_globals(model)
+
+
+def let_generate_take_globals(model: PreTrainedModel) -> None:
+    """Let generate() accept `global_attention_mask` and hand it to every forward."""
+    if isinstance(model, GenerationMixin) and _PREPARE not in vars(model):
+        setattr(model, _PREPARE, types.MethodType(prepare_inputs_with_globals, model))
+
+
+def check_globals_arrive(model: PreTrainedModel) -> None:
+    """Try whether the model hands `global_attention_mask` on to the one that makes the masks; if not, refuse it."""
+    seen: list[bool] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs.get(GLOBALS) is not None)
+
+    handle = mask_owner(model).register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    try:
+        verify_routing(model, None, **{GLOBALS: torch.tensor([[1, 0, 0, 0]], device=model.device)})
+    except ValueError:
+        seen.clear()
+    finally:
+        handle.remove()
+    if not any(seen):
+        add_hook(model, refuse_lost_globals)
+
+
+def remove_global_hooks(model: nn.Module) -> None:
+    """Undo `add_global_hooks`, also on a copy of the model."""
+    remove_hooks(model, GLOBAL_HOOKS)
+    if getattr(vars(model).get(_PREPARE), "__func__", None) is prepare_inputs_with_globals:
+        delattr(model, _PREPARE)
+
+
+def prepare_inputs_with_globals(
+    self: Any, input_ids: Tensor, *args: Any, global_attention_mask: Tensor | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """Prepare a step of generate() as the model's class does, `global_attention_mask` made as long as the tokens seen.
+
+    Tokens past the end of the mask are not global. transformers repeats the mask for beams as it does the inputs.
+    """
+    inputs = getattr(type(self), _PREPARE)(self, input_ids, *args, **kwargs)
+    if global_attention_mask is not None:
+        cache, embeds = inputs.get("past_key_values"), inputs.get("inputs_embeds")
+        new = inputs["input_ids"] if embeds is None else embeds
+        total = new.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
+        width = global_attention_mask.shape[-1]
+        if width < total and kwargs.get("is_first_iteration"):
+            raise ValueError(
+                f"{GLOBALS} covers {width} tokens but the prompt has {total}: give 0 or 1 for each of its tokens"
+            )
+        inputs[GLOBALS] = nn.functional.pad(global_attention_mask, (0, total - width))
+    return inputs
+
+
+def _flags(
+    pattern: Pattern, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any
+) -> Tensor | None:
+    """Return which tokens are global, [B, tokens seen and new] bool on the CPU; None where no call has said any."""
+    ids = argument(module, args, kwargs, "input_ids")
+    cache = argument(module, args, kwargs, "past_key_values")
+    wanted = pattern.global_token_ids
+    before = getattr(cache, "global_flags", None)
+    if given is None and not wanted and before is None:
+        return None
+    if wanted and ids is None:
+        raise ValueError(
+            f"token_ids={wanted} cannot be found in inputs_embeds; pass input_ids, or name the tokens with {GLOBALS}"
+        )
+    new = ids if ids is not None else argument(module, args, kwargs, "inputs_embeds")
+    batch, length = new.shape[:2]
+    seen = int(cache.get_seq_length()) if cache is not None else 0
+    if before is None:
+        if seen and wanted:
+            raise ValueError(
+                f"the cache holds {seen} tokens of which it is not known whether they are among token_ids={wanted}; "
+                f"fill it with the patched model"
+            )
+        before = torch.zeros(batch, seen, dtype=torch.bool)
+    if before.shape != (batch, seen):
+        raise ValueError(
+            f"the cache remembers the globals of {before.shape[0]} x {before.shape[1]} tokens but holds {batch} x "
+            f"{seen}: change a cache through its own methods only"
+        )
+    flags = torch.cat([before, torch.zeros(batch, length, dtype=torch.bool)], dim=1)
+    padding = _padding(argument(module, args, kwargs, "attention_mask"), seen + length)
+    if given is not None:
+        flags = flags | _checked(given, batch, seen, length, before, padding)
+    if wanted:
+        found = torch.isin(ids, torch.tensor(wanted, device=ids.device)).cpu()
+        flags[:, seen:] |= found
+    return flags  # those of padding included, which belongs to no sequence
+
+
+def _padding(attention_mask: Any, total: int) -> Tensor | None:
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[1] < total:
+        return None
+    return (attention_mask[:, :total] == 0).cpu()
+
+
+def _checked(
+    given: Any, batch: int, seen: int, length: int, before: Tensor, padding: Tensor | None
+) -> Tensor:
+    """Return a `global_attention_mask` as flags of all tokens seen; raise ValueError for one that cannot be meant."""
+    if (
+        not isinstance(given, Tensor)
+        or given.ndim != 2
+        or given.shape
+        not in (
+            (batch, seen + length),
+            (batch, length),
+        )
+    ):
+        got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        cached = f", or [{batch}, {length}] for the new ones alone" if seen else ""
+        raise ValueError(
+            f"{GLOBALS} must hold 0 or 1 for each token seen, [{batch}, {seen + length}]{cached}, got {got}"
+        )
+    flags = given.cpu() != 0
+    if bool(((given.cpu() != 1) & flags).any()):
+        raise ValueError(
+            f"{GLOBALS} must be 0 (local) or 1 (global) for each token, got {given[given != 0].max().item()}"
+        )
+    if given.shape[1] == length:
+        flags = torch.cat([torch.zeros_like(before), flags], dim=1)
+    elif bool((flags[:, :seen] & ~before).any()):
+        row, place = (flags[:, :seen] & ~before).nonzero()[0].tolist()
+        raise ValueError(
+            f"{GLOBALS} makes token {place} of row {row} global, which is in the cache as a local one; give the mask "
+            f"from the first call on"
+        )
+    if padding is not None and bool((flags & padding).any()):
+        row, place = (flags & padding).nonzero()[0].tolist()
+        raise ValueError(
+            f"{GLOBALS} makes token {place} of row {row} global, which attention_mask says is padding; set it to 0"
+        )
+    return flags
+
+
+class _KeepsFlags:
+    """What a cache does with its rows and tokens, done to their flags as well."""
+
+    global_flags: Tensor  # [B, tokens seen] bool
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.global_flags = self.global_flags[beam_idx.cpu()]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.global_flags = self.global_flags[indices.cpu()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.global_flags = self.global_flags.repeat_interleave(repeats, dim=0)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        self.global_flags = self.global_flags[:, : int(self.get_seq_length())]  # type: ignore[attr-defined]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.global_flags = self.global_flags[:, :0]
+
+
+@functools.cache
+def _remembering(kind: Any) -> Any:
+    return type(kind.__name__, (_KeepsFlags, kind), {"__module__": kind.__module__})
+
+
+def _remember(cache: Any, flags: Tensor) -> None:
+    """Keep `flags` on the cache, for the tokens it has seen."""
+    if not isinstance(cache, _KeepsFlags):
+        kind: Any = type(cache)
+        cache.__class__ = _remembering(kind)
+    cache.global_flags = flags[:, : int(cache.get_seq_length())]

@@ -1,0 +1,178 @@
+"""A plan for one query, the decoding step: which keys it reads, from closed forms and without a list of all keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..patterns.parts import Bound, Drawn, Every, Listed, Part, Periodic, Residue
+from .constraint import Constraint
+from .intervals import Interval, Leftover, disjoint, is_in
+
+_SEARCH_KEYS = 2**16  # keys that a predicate is asked about at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """The keys that one query reads in the heads `heads`, each once.
+
+    ranges: key indices, the same for all the heads.
+    listed: further key indices, int64 [H or 1, m], -1 where a head has fewer; None where there are none.
+    """
+
+    heads: tuple[int, ...]
+    ranges: tuple[range, ...]
+    listed: np.ndarray | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Keys read, summed over the heads."""
+        pairs = len(self.heads) * sum(len(r) for r in self.ranges)
+        if self.listed is not None:
+            each = 1 if len(self.listed) == len(self.heads) else len(self.heads)
+            pairs += each * int((self.listed >= 0).sum())
+        return pairs
+
+    @property
+    def n_pieces(self) -> int:
+        return len(self.ranges) + (self.listed is not None)
+
+
+def reads_of(
+    parts: tuple[Part, ...], constraint: Constraint, k_len: int, heads: int, first: int
+) -> tuple[Reads, ...]:
+    """Return what the last of `k_len` keys at positions first .. first + k_len reads as a query, group by group."""
+    query = first + k_len - 1
+    return tuple(
+        _reads(numbers, intervals, leftovers, constraint, query, first)
+        for numbers, intervals, leftovers in _disjoint_by_head(parts, heads)
+    )
+
+
+def by_head(parts: Sequence[Part], heads: int) -> list[tuple[tuple[int, ...], tuple[Part, ...]]]:
+    """Return the heads that have the same parts, with these."""
+    if all(part.heads is None for part in parts):
+        return [(tuple(range(heads)), tuple(parts))]
+    groups: dict[tuple[Part, ...], list[int]] = {}
+    for head in range(heads):
+        own = tuple(
+            Part(p.keys, p.start, p.stop, p.queries) for p in parts if p.heads is None or head in p.heads
+        )
+        groups.setdefault(own, []).append(head)
+    return [(tuple(numbers), own) for own, numbers in groups.items()]
+
+
+@lru_cache(maxsize=64)
+def _disjoint_by_head(
+    parts: tuple[Part, ...], heads: int
+) -> tuple[tuple[tuple[int, ...], tuple[Interval, ...], tuple[Leftover, ...]], ...]:
+    groups = []
+    for numbers, own in by_head(parts, heads):
+        intervals, leftovers = disjoint(own)
+        groups.append((numbers, tuple(intervals), tuple(leftovers)))
+    return tuple(groups)
+
+
+def _reads(
+    heads: tuple[int, ...],
+    intervals: tuple[Interval, ...],
+    leftovers: tuple[Leftover, ...],
+    constraint: Constraint,
+    query: int,
+    first: int,
+) -> Reads:
+    ranges: list[range] = []
+    listed: list[np.ndarray] = []
+    for interval in intervals:
+        if not _speaks_of(interval, query):
+            continue
+        low, high = _between(interval, constraint, query, first)
+        keys = interval.keys
+        if isinstance(keys, Every):
+            ranges.append(range(low - first, high - first))
+        elif isinstance(keys, Residue):
+            low += (query - low) % keys.stride
+            ranges.append(range(low - first, high - first, keys.stride))
+        elif isinstance(keys, Periodic) and keys.width == 1:
+            low += (keys.offset - low) % keys.period
+            ranges.append(range(low - first, high - first, keys.period))
+        elif isinstance(keys, Periodic):
+            # The neighbours of the period in which `low` lies, and of all after it.
+            start = low - (low - keys.offset) % keys.period
+            positions = np.arange(start, max(high, start), keys.period)[:, None] + np.arange(keys.width)
+            listed.append(_inside(positions.ravel(), low, high) - first)
+        else:
+            assert isinstance(keys, Listed)
+            listed.append(_inside(np.array(keys.positions, dtype=np.int64), low, high) - first)
+    own: list[np.ndarray] = []
+    for leftover in leftovers:
+        if not _speaks_of(leftover.interval, query):
+            continue
+        low, high = _between(leftover.interval, constraint, query, first)
+        if isinstance(leftover.interval.keys, Drawn):
+            own = _drawn(leftover, heads, query, low, high)
+        else:
+            listed += [
+                np.flatnonzero(_allowed(leftover, query, np.arange(start, min(start + _SEARCH_KEYS, high))))
+                + start
+                - first
+                for start in range(low, high, _SEARCH_KEYS)
+            ]
+    shared = np.concatenate(listed) if listed else np.empty(0, dtype=np.int64)
+    ranges = [r for r in ranges if len(r)]
+    if any(len(keys) for keys in own):
+        return Reads(heads, tuple(ranges), _table([np.concatenate((shared, keys - first)) for keys in own]))
+    return Reads(heads, tuple(ranges), shared[None] if len(shared) else None)
+
+
+def _table(rows: list[np.ndarray]) -> np.ndarray:
+    table = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
+    for number, row in enumerate(rows):
+        table[number, : len(row)] = row
+    return table
+
+
+def _speaks_of(interval: Interval, query: int) -> bool:
+    at = torch.tensor(query)
+    if interval.queries is not None and not bool(is_in(interval.queries, at)):
+        return False
+    return not any(bool(is_in(skipped, at)) for skipped in interval.skip)
+
+
+def _between(interval: Interval, constraint: Constraint, query: int, first: int) -> tuple[int, int]:
+    """Return the first position, and one past the last, that the bounds leave; the query is the last of all."""
+    starts, stops = constraint.bounds()
+    low = max([first, *(_at(b, query) for b in (*interval.starts, *starts))])
+    high = min([query + 1, *(_at(b, query) for b in (*interval.stops, *stops))])
+    return low, max(low, high)
+
+
+def _at(bound: Bound, query: int) -> int:
+    return bound.mul * ((query + bound.add) // bound.div) + bound.const
+
+
+def _inside(positions: np.ndarray, low: int, high: int) -> np.ndarray:
+    return positions[(positions >= low) & (positions < high)]
+
+
+def _drawn(leftover: Leftover, heads: tuple[int, ...], query: int, low: int, high: int) -> list[np.ndarray]:
+    """Return the positions drawn for each head."""
+    keys = leftover.interval.keys
+    assert isinstance(keys, Drawn)
+    blocks = keys.draw(torch.tensor(heads), torch.tensor([query // keys.query_block]))[:, 0].numpy()
+    rows = []
+    for drawn in blocks:
+        positions = (drawn[drawn >= 0, None] * keys.key_block + np.arange(keys.key_block)).ravel()
+        positions = _inside(positions, low, high)
+        rows.append(positions[_allowed(leftover, query, positions)])
+    return rows
+
+
+def _allowed(leftover: Leftover, query: int, keys: np.ndarray) -> np.ndarray:
+    key: Tensor = torch.from_numpy(keys)
+    return leftover.allowed(torch.tensor(query), key).expand(key.shape).numpy()

@@ -1,0 +1,86 @@
+"""Stand-ins for the CUDA kernels, dense but true to what the kernels read, so that everything around them runs here."""
+
+import torch
+
+
+def run_kernel(query, key, value, block_mask, scale, softcap, want_lse):
+    """FlexAttention as its kernels do it: mask_mod decides inside listed partial blocks, full ones count whole."""
+    assert (query.shape[2], key.shape[2]) == block_mask.seq_lengths
+    allowed = allowed_pairs(block_mask, query.shape[1])
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    scores = query @ key.mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    out, lse = softmax(scores.masked_fill(~allowed, float("-inf")), value)
+    return out, lse if want_lse else None
+
+
+def softmax(scores, value):
+    """Return the output and the log-sum-exp; rows without a key give 0 and -inf."""
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+    return weights @ value, lse
+
+
+def allowed_pairs(block_mask, heads):
+    """Return the pairs [H, Q, K] that a block mask holds; its lists for the backward pass must say the same."""
+    q_len, k_len = block_mask.seq_lengths
+    rows, keys = q_len // 128, k_len // 128
+    partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices, keys)
+    full = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, keys)
+    assert not (partial & full).any()
+    if block_mask.q_indices is not None:
+        assert torch.equal(listed(block_mask.q_num_blocks, block_mask.q_indices, rows).mT, partial)
+        assert torch.equal(listed(block_mask.full_q_num_blocks, block_mask.full_q_indices, rows).mT, full)
+    batch, head, query, key = (torch.arange(n, dtype=torch.int32) for n in (1, heads, q_len, k_len))
+    mask = block_mask.mask_mod(batch[:, None, None, None], head[:, None, None], query[:, None], key).expand(
+        1, heads, q_len, k_len
+    )[0]
+    partial, full = (x.repeat_interleave(128, 1).repeat_interleave(128, 2) for x in (partial, full))
+    return (partial & mask) | full
+
+
+def listed(count, index, blocks):
+    """Return lists of blocks as bool [H or 1, n, blocks]; none may occur twice."""
+    table = torch.zeros(*index.shape[1:3], blocks + 1, dtype=torch.long)
+    assert index.min() >= 0 and index.max() < blocks and count.dtype == index.dtype == torch.int32
+    column = torch.where(torch.arange(index.shape[3]) < count[0, ..., None], index[0].long(), blocks)
+    table.scatter_add_(2, column, torch.ones_like(column))
+    assert table[..., :blocks].max() <= 1
+    return table[..., :blocks].bool()
+
+
+def flash_forward(query, key, value, *, left, right, scale):
+    """FlashAttention's window: the last query is level with the last key."""
+    scores, value = _scores(query, key, value, left, right, scale)
+    out, lse = softmax(scores, value)
+    return out.transpose(1, 2), lse
+
+
+def flash_backward(grad, query, key, value, out, lse, *, left, right, scale):
+    """The kernels' backward pass: weights from the given log-sum-exp, one row sum from the given output."""
+    shared = query.shape[2] // key.shape[2]
+    scores, wide = _scores(query, key, value, left, right, scale)
+    weights = (scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]).exp()
+    g, o = grad.transpose(1, 2), out.transpose(1, 2)
+    dscores = weights * (g @ wide.mT - (g * o).sum(-1, keepdim=True)) * scale
+    k = key.transpose(1, 2).repeat_interleave(shared, 1)
+    dq, dk, dv = dscores @ k, dscores.mT @ query.transpose(1, 2), weights.mT @ g
+    dk, dv = (x.unflatten(1, (-1, shared)).sum(2) for x in (dk, dv))
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _scores(query, key, value, left, right, scale):
+    assert left >= -1 and right >= -1 and query.shape[1] and key.shape[1]
+    shared = query.shape[2] // key.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    level = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+    place = torch.arange(k.shape[2])
+    allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    if left >= 0:
+        allowed &= place >= level - left
+    if right >= 0:
+        allowed &= place <= level + right
+    return (q @ k.mT * scale).masked_fill(~allowed, float("-inf")), v
