@@ -4,8 +4,10 @@
 PYTHON ?= python3
 PIP_INSTALL_ARGS ?=
 # A machine with a GPU comes with a torch that fits it: `make gpu` uses that python as it is and installs nothing.
+# GPU_MINUTES is the time for all of `make gpu`, of which the tests begin nothing new after GPU_TEST_MINUTES.
 GPU_PYTHON ?= $(PYTHON)
-GPU_MINUTES ?= 5
+GPU_MINUTES ?= 9
+GPU_TEST_MINUTES ?= 4
 BENCH_ARGS ?=
 TEST_ARGS ?=
 
@@ -16,12 +18,12 @@ BENCH_READY := $(VENV)/.ready-bench
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_INSTALL_ARGS)
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow lint bench gpu clean
+.PHONY: help venv demo test slow lint bench gpu gpu-tests gpu-bench clean
 
 help:
 	@echo "make demo   patch, adapt and measure the embedded model; writes demo/ (minutes)"
 	@echo "make test   the tests, without the slow ones and those for a GPU"
-	@echo "make slow   the slow tests        make gpu   the tests for a GPU, then the benchmarks there"
+	@echo "make slow   the slow tests        make gpu   the tests for a GPU, then the benchmarks there (GPU_MINUTES=9)"
 	@echo "make lint   ruff and mypy         make bench ratios against other attentions (BENCH_ARGS=--quick: minutes)"
 	@echo "make venv   only create .venv     make clean remove .venv, demo/ and caches"
 
@@ -49,11 +51,22 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-# Both parts run, whatever the first one finds.
+# Both parts run, whatever the first one finds; the second gets the time that is left.
 gpu:
-	@$(GPU_PYTHON) -m pytest -m gpu tests/backends $(TEST_ARGS); tests=$$?; \
-	$(GPU_PYTHON) -m benchmarks --device cuda --minutes $(GPU_MINUTES) $(BENCH_ARGS); bench=$$?; \
+	@started=$$(date +%s); $(MAKE) --no-print-directory gpu-tests; tests=$$?; \
+	left=$$((60 * $(GPU_MINUTES) - $$(date +%s) + started)); \
+	left=$$((left > 30 ? left : 30)); \
+	$(MAKE) --no-print-directory gpu-bench BENCH_MINUTES=$$((left / 60)).$$((left % 60 * 10 / 60)); bench=$$?; \
 	exit $$((tests ? tests : bench))
+
+# Warnings are no errors there: the versions are whatever the machine has.
+gpu-tests:
+	GPU_TEST_MINUTES=$(GPU_TEST_MINUTES) $(GPU_PYTHON) -m pytest -m gpu -W default -q tests/backends/test_cuda.py $(TEST_ARGS)
+
+# Goes on where an earlier run with the same code, machine and versions stopped; BENCH_ARGS=--no-missing begins anew.
+gpu-bench: BENCH_MINUTES ?= $(GPU_MINUTES)
+gpu-bench:
+	$(GPU_PYTHON) -u -m benchmarks --device cuda --missing --minutes $(BENCH_MINUTES) $(BENCH_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

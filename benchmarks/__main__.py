@@ -14,10 +14,11 @@ from functools import partial
 from types import ModuleType
 
 from . import memory, operators, prefill
+from .estimate import Estimate
 from .report import line
 from .results import Results
 from .suite import Unit, parser, read, units
-from .timing import Deadline, Failure, OutOfTime, attempt
+from .timing import Deadline, Failure, OutOfTime, attempt, compiled
 
 MODULES: dict[str, ModuleType] = {"memory": memory, "prefill": prefill}
 
@@ -33,12 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         made.error(str(error))
     deadline = Deadline.after(suite.minutes)
+    wanted = list(units(suite))
+    if suite.missing:
+        wanted = [unit for each in wanted if (unit := results.missing(each, suite)) is not None]
+    estimate = Estimate(suite)
+    limit = "" if suite.minutes is None else f", of which --minutes allows {suite.minutes:g}"
+    print(f"{len(wanted)} parts, about {_minutes(estimate.left(wanted))}{limit}", flush=True)
     if results.dropped:
         print(f"{results.dropped} earlier rows of another machine or other versions are dropped")
     failed = False
-    for unit in units(suite):
-        print(f"\n{unit}", flush=True)
-        started = time.monotonic()
+    for number, unit in enumerate(wanted, 1):
+        print(f"\n[{number}/{len(wanted)}] {unit}", flush=True)
+        started, before = time.monotonic(), compiled()
         try:
             deadline.check()
             rows = attempt(partial(MODULES.get(unit.measure, operators).measure, unit, suite, deadline))
@@ -60,14 +67,23 @@ def main(arguments: list[str] | None = None) -> int:
             print(line(row))
             failed = failed or ("error" in row and row["method"].startswith("hf_sparse"))
         results.add(rows)
-        print(f"({time.monotonic() - started:.0f} s)", flush=True)
+        seconds, made_now = time.monotonic() - started, compiled().since(before)
+        estimate.done(unit, seconds)
+        left = f"; about {_minutes(estimate.left(wanted[number:]))} left" if number < len(wanted) else ""
+        print(f"({seconds:.0f} s{f', {made_now}' if made_now.kernels else ''}{left})", flush=True)
     results.write(partial=False)
     print(f"\nwritten to {results.path} and {results.path.with_suffix('.md')}")
+    if compiled().kernels:
+        print(str(compiled()))
     if results.not_run:
         print(f"{len(results.not_run)} parts were not run; they are listed there")
     if failed:
         print("something of hf_sparse could not be measured or was wrong; see above", file=sys.stderr)
     return int(failed)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _what(unit: Unit) -> str:

@@ -94,8 +94,8 @@ def _shapes(rows: list[Row]) -> list[tuple[Any, ...]]:
 
 def _timed(rows: list[Row]) -> list[str]:
     table = [
-        "| tokens | pattern | dense ms (backend) | ours ms | to dense | to best dense | pairs limit | tile limit "
-        "| of pairs limit | goal | others, to dense |",
+        "| tokens | pattern | dense ms (backend) | ours ms \u00b1 quartiles | to dense | to best dense | pairs limit "
+        "| tile limit | of pairs limit | goal | others, to dense |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in _ordered(row for row in rows if row["method"].startswith(OURS)):
@@ -108,13 +108,17 @@ def _timed(rows: list[Row]) -> list[str]:
         if "error" in row:
             table.append(f"| {row['length']:,} | {name} | | not measured | | | | | | | {', '.join(others)} |")
             continue
-        best = f"{_times(row, 'ratio_to_best')} ({row['best_dense']})" if "best_dense" in row else ""
+        best = ""
+        if "best_dense" in row:
+            same = row["best_dense"] == row["dense_backend"]
+            best = "the same" if same else f"{_times(row, 'ratio_to_best')} ({row['best_dense']})"
         table.append(
             f"| {row['length']:,} | {name} | {row.get('dense_ms', '')} ({row.get('dense_backend', '')}) "
             f"| {row['ms']} ± {row['iqr_ms']} | {_times(row, 'ratio')} | {best} | {_times(row, 'pairs_limit')} "
             f"| {_times(row, 'tile_limit')} | {_share(row)} | {_goal_cell(row)} | {', '.join(others)} |"
         )
-    return [*table, "", *_dense(rows)]
+    notes = dict.fromkeys(f"{row['method']}: {row['note']}" for row in rows if "note" in row and "ms" in row)
+    return [*table, "", *_dense(rows), *(["", "Others: " + "; ".join(notes) + "."] if notes else [])]
 
 
 def _dense(rows: list[Row]) -> list[str]:
@@ -174,13 +178,22 @@ def _prefill(rows: list[Row]) -> list[str]:
 
 def _reasons(rows: list[Row]) -> list[str]:
     """Return why methods have no number, each reason once with the cells it holds for."""
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
     for row in _ordered(row for row in rows if "error" in row):
-        where = f"{row['pattern']} {row['measure']} {row['length']:,}"
-        found.setdefault((row["method"], row["error"]), []).append(where)
+        cells = found.setdefault((row["method"], row["error"]), {})
+        cells.setdefault((row["pattern"], row["measure"]), []).append(f"{row['length']:,}")
     if not found:
         return []
-    listed = [f"- {method}: {error} ({'; '.join(where)})" for (method, error), where in found.items()]
+    listed = []
+    for (method, error), cells in found.items():
+        alike: dict[tuple[str, str], list[str]] = {}
+        for (pattern, measure), lengths in cells.items():
+            alike.setdefault((measure, ", ".join(lengths)), []).append(pattern)
+        where = []
+        for (measure, lengths), patterns in alike.items():
+            which = ", ".join(patterns) if len(patterns) < 4 else f"{len(patterns)} patterns"
+            where.append(f"{measure} at {lengths} tokens: {which}")
+        listed.append(f"- {method}: {error} ({'; '.join(where)})")
     return ["## Not measured", "", *listed, ""]
 
 

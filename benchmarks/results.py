@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
+from dataclasses import replace
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +18,10 @@ import torch
 import hf_sparse
 from hf_sparse.evaluate.machine import git_revision
 
+from .cases import Case
 from .report import markdown
-from .suite import Suite
+from .suite import Suite, Unit
+from .task import Task
 
 PACKAGES = ("torch", "transformers", "triton", "local-attention", "numpy")
 KEY = (
@@ -39,7 +43,7 @@ class Results:
 
     Rows of an earlier run stay where it ran on the same machine with the same versions; a row of the same cell and
     method takes the place of the old one. Rows of another machine or other versions are dropped, since no table may mix
-    them; `dropped` counts them. Each row carries the date and the git revision of the code it measured.
+    them; `dropped` counts them. Each row carries the date, the git revision, and a checksum of the code it measured.
     """
 
     def __init__(self, suite: Suite, command: str) -> None:
@@ -47,6 +51,7 @@ class Results:
         self.command = command
         self.machine = machine(suite.shape.device)
         self.revision = git_revision()
+        self.code = checksum()
         self.rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.not_run: list[dict[str, Any]] = []
         self.dropped = 0
@@ -59,8 +64,31 @@ class Results:
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Put rows in, and write everything, marked as partial."""
         for row in rows:
-            self.rows[_key(row)] = row | {"date": date.today().isoformat(), "revision": self.revision}
+            self.rows[_key(row)] = row | {
+                "date": date.today().isoformat(),
+                "revision": self.revision,
+                "code": self.code,
+            }
         self.write(partial=True)
+
+    def missing(self, unit: Unit, suite: Suite) -> Unit | None:
+        """Return the unit without the patterns that this code has measured; None where nothing is left.
+
+        What failed of ours is tried again; a peer's reason stands.
+        """
+        own = [
+            row
+            for row in self.rows.values()
+            if row.get("code") == self.code
+            and not ("error" in row and row["method"].startswith("hf_sparse"))
+            and row["measure"].split("_")[0] == unit.measure
+            and (row["length"], row["causal"], row["graphed"]) == (unit.length, unit.causal, unit.graphed)
+            # A whole model has heads of its own.
+            and (unit.measure == "prefill" or _shape_of(row) == _shape_of(suite.shape.described))
+        ]
+        found = {(row["pattern"], row["method"]) for row in own}
+        left = tuple(case for case in unit.cases if not found >= _wanted(case, unit, suite))
+        return replace(unit, cases=left) if left else None
 
     def skip(self, what: str, reason: str) -> None:
         """Note a part of this run that was not measured."""
@@ -81,6 +109,31 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _write(self.path, json.dumps(record, indent=1) + "\n")
         _write(self.path.with_suffix(".md"), markdown(record))
+
+
+def _wanted(case: Case, unit: Unit, suite: Suite) -> set[tuple[str, str]]:
+    """Return pattern and method of the rows that a case has when it is done."""
+    names = {"hf_sparse" if name == "auto" else f"hf_sparse, {name}" for name in suite.backends}
+    if unit.measure == "prefill":
+        names = {"hf_sparse"}
+    if unit.with_peers:
+        task = Task(case, unit.length, suite.shape)
+        names |= {peer.name for peer in suite.peers if peer.applies(task)}
+    return {(case.label, name) for name in names}
+
+
+def _shape_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["heads"], row["kv_heads"], row["head_dim"], row["dtype"]
+
+
+def checksum() -> str:
+    """Return twelve digits that change with the library's code, also outside git."""
+    folder = Path(hf_sparse.__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        found.update(f"{path.relative_to(folder).as_posix()}\n".encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -108,6 +161,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    versions["torch"] = torch.__version__  # with its build, such as +cpu or +cu130
     found: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found |= {

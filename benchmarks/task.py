@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +37,28 @@ class Shape:
     def gqa(self) -> bool:
         return self.heads != self.kv_heads
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """The shape as rows of results have it."""
+        return {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
     def tensors(self, q_len: int, k_len: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return query [1, H, Q, D], key and value [1, H_kv, K, D], and an output gradient like query."""
+        """Return query [1, H, Q, D], key and value [1, H_kv, K, D], and an output gradient like query.
+
+        On CUDA they lie in memory as a model's projections leave them, [1, N, H, D]; a cache lies as it is indexed.
+        """
+        projected = self.device.type == "cuda" and q_len == k_len
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def draw(heads: int, length: int) -> Tensor:
-            shape = (1, heads, length, self.head_dim)
-            return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
+            shape = (1, length, heads, self.head_dim) if projected else (1, heads, length, self.head_dim)
+            drawn = torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
+            return drawn.transpose(1, 2) if projected else drawn
 
         return (
             draw(self.heads, q_len),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,6 +80,28 @@ def attempt(work: Callable[[], Any]) -> Any:
     except Exception as error:  # noqa: BLE001 - the reason is printed and recorded
         lines = str(error).strip().splitlines()
         return Failure(f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}")
+
+
+class Compiled(NamedTuple):
+    """Kernels that torch.compile has made in this process, and the seconds it took."""
+
+    kernels: int = 0
+    seconds: float = 0.0
+
+    def since(self, before: Compiled) -> Compiled:
+        return Compiled(self.kernels - before.kernels, self.seconds - before.seconds)
+
+    def __str__(self) -> str:
+        return f"{self.kernels} kernels compiled in {self.seconds:.0f} s"
+
+
+def compiled() -> Compiled:
+    """Return what has been compiled so far; asking does not load the compiler."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    if utils is None:
+        return Compiled()
+    seconds = getattr(utils, "compilation_time_metrics", {}).get("_compile.compile_inner", ())
+    return Compiled(utils.counters["stats"]["unique_graphs"], sum(seconds))
 
 
 class Clock:

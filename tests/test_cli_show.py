@@ -197,3 +197,10 @@ def test_a_png_that_cannot_be_written_leaves_the_old_one(tmp_path, capsys, monke
     assert main(["show", "full", "--length", "3", "--png", str(path)]) == 2
     assert "No space left" in capsys.readouterr().err
     assert path.read_text() == "before" and [entry.name for entry in tmp_path.iterdir()] == ["mask.png"]
+
+
+def test_a_picture_that_shows_nothing_says_how_to_see_more(capsys):
+    hint = "at 24 tokens it leaves nothing out; give it smaller options, or draw more tokens (--length)"
+    assert hint in show(capsys, "bigbird")
+    assert hint not in show(capsys, "bigbird", "--block", 2)
+    assert hint not in show(capsys, "full")

@@ -206,6 +206,17 @@ def _check(query: Tensor, key: Tensor, value: Tensor, call: Call, segments: Segm
         raise ValueError(
             f"shapes do not fit: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
+    if not query.dtype.is_floating_point or not (
+        key.dtype.is_floating_point and value.dtype.is_floating_point
+    ):
+        raise ValueError(
+            f"attention takes floating-point tensors, got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if 0 in (query.shape[1], key.shape[1], query.shape[3]):
+        raise ValueError(
+            f"attention needs at least one head of at least one channel, got query {tuple(query.shape)} and key "
+            f"{tuple(key.shape)}"
+        )
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
     if query.shape[2] > key.shape[2]:
@@ -218,6 +229,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, call: Call, segments: Segm
         )
     if not 0.0 <= call.dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, got {call.dropout}")
+    if call.softcap is not None and not call.softcap > 0:
+        raise ValueError(f"softcap must be above 0, or None for no cap, got {call.softcap}")
 
 
 def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,7 +52,7 @@ def _name(part: Part) -> str:
         width = "one" if keys.width == 1 else str(keys.width)
         return f"{width} of every {keys.period} positions"
     if isinstance(keys, Residue):
-        return f"every {keys.stride} keys back"
+        return f"one of every {keys.stride} keys back"
     if (part.start, part.stop) == (Bound(0), Bound(1)):
         return "the token itself"
     if part.start is None and part.stop is not None and part.stop.mul == 0:

@@ -25,4 +25,4 @@ def catalogue() -> str:
 
 def _summary(name: str) -> str:
     text = (pattern_class(name).__doc__ or "").strip().splitlines()
-    return text[0].replace("``", "") if text else ""
+    return text[0].replace("`", "") if text else ""

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from ..patterns import Pattern, check_predicate
+from ..patterns.full import Full
 from .figures import DTYPE_BYTES, Layer, cost_table
 from .options import add_pattern_options
 from .picture import dense_pairs, head_groups, picture
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{heads} heads of {args.length} tokens are too many to draw; use fewer --heads or a smaller --length"
         )
-    check_predicate(pattern, heads, layer.causal)
+    check_predicate(pattern, heads, layer.causal, args.layer + 1)
     groups = head_groups(pattern, args.length, heads=heads, causal=layer.causal, layer=args.layer)
     if pattern.per_layer:
         notes.append(f"layer {args.layer}; the others may differ (--layer)")
@@ -86,6 +87,10 @@ def run(args: argparse.Namespace) -> None:
     kept = sum(group.pairs * len(group.heads) for group in groups) / heads
     dense = dense_pairs(args.length, layer.causal)
     count = f"{kept:,.1f}".removesuffix(".0")
+    if kept == dense and pattern != Full():
+        notes.append(
+            f"at {args.length} tokens it leaves nothing out; give it smaller options, or draw more tokens (--length)"
+        )
     kind = "causal" if layer.causal else "bidirectional"
     mean = " per head" if len(groups) > 1 else ""
     summary = f"{kind}: {count} of {dense:,} pairs{mean}, density {kept / dense:.1%} at {args.length} tokens"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 from ..hf import SparseSettings
 from ..hf.stored_settings import settings_from_json
 from ..patterns import Pattern, Union, available_patterns, get_pattern
-from ..patterns.written import pattern_from_json
+from ..patterns.written import pattern_from_json, read_json_file
 from .options import Given, dashed, fields, given_options, owners, read_options
 
 PATTERN_HELP = (
@@ -39,9 +37,7 @@ def read_patterns(written: list[str], args: argparse.Namespace) -> list[Pattern 
             raise ValueError(_nobody_has(option, one, named, written))
     patterns: list[Pattern | SparseSettings] = []
     for text, names in zip(written, spelled, strict=True):
-        found = read_file(text) if names is None else _build(names, given)
-        _check_hashable(found)
-        patterns.append(found)
+        patterns.append(read_file(text) if names is None else _build(names, given))
     return list(dict.fromkeys(patterns))
 
 
@@ -56,19 +52,7 @@ def read_file(path: str) -> Pattern | SparseSettings:
     Raises:
         ValueError: a file that cannot be read, or that holds neither.
     """
-    if "\0" in path:
-        raise ValueError(f"{path!r} is no file name, it holds a null byte; check the spelling")
-    try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"the pattern file {path} cannot be read ({os.strerror(error.errno or 0)}); check the path"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"the pattern file {path} is not JSON ({error}); write a pattern such as "
-            '{"name": "sliding_window", "options": {"window": 256}}'
-        ) from None
+    saved = read_json_file(path)
     if isinstance(saved, dict) and "sparse_attention" in saved:  # the config.json of a patched model
         saved = saved["sparse_attention"]
     check_stored(saved, f"the pattern file {path}")
@@ -131,16 +115,6 @@ def _names(text: str) -> list[str]:
 def _build(names: list[str], given: dict[str, Given]) -> Pattern:
     members = [get_pattern(name, **read_options(name, given)) for name in names]
     return Union.of(*members) if len(members) > 1 else members[0]
-
-
-def _check_hashable(found: Pattern | SparseSettings) -> None:
-    """Raise ValueError for a pattern that no plan can be kept for."""
-    try:
-        hash(found)
-    except TypeError as error:
-        raise ValueError(
-            f"{found} cannot be hashed ({error}); let its class turn lists and mappings into tuples"
-        ) from None
 
 
 def _nobody_has(option: str, given: Given, names: list[str], written: list[str]) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..backends import Call, Inputs, preview
 from ..patterns import Pattern
+from ..patterns.base import short
 from ..plan import Constraint, Cost, cost
 from .patch import is_switched, settings, unwrap
 from .routing import attention_layers, is_causal
@@ -72,7 +73,9 @@ def _leaves_out(pattern: Pattern, layer: int, n: int, base: PreTrainedModel) -> 
 def _globals(pattern: Pattern) -> list[str]:
     if not pattern.takes_globals:
         return []
-    ids = f", and the tokens {pattern.global_token_ids} of the input" if pattern.global_token_ids else ""
+    ids = (
+        f", and the tokens {short(pattern.global_token_ids)} of the input" if pattern.global_token_ids else ""
+    )
     return [f"globals   besides, those of each call's global_attention_mask{ids}; not counted below"]
 
 
@@ -179,7 +182,7 @@ def _layer_cost(base: nn.Module, config: Any, current: SparseSettings, layer: in
 def _cost(costs: list[Cost], sparse: list[Cost], n: int, causal: bool) -> str:
     line = f"cost      at {n:,} tokens: "
     if sparse:
-        line += f"density {_density(sparse):.3f} in the sparse layers, {_density(costs):.3f} in all; "
+        line += f"density {_density(sparse)} in the sparse layers, {_density(costs)} in all; "
     else:
         line += "density 1.000, as dense attention; "
     line += f"{sum(c.flops for c in costs) / 1e9:.3g} GFLOP of attention per forward"
@@ -188,8 +191,9 @@ def _cost(costs: list[Cost], sparse: list[Cost], n: int, causal: bool) -> str:
     return line
 
 
-def _density(costs: list[Cost]) -> float:
-    return sum(c.pairs for c in costs) / sum(c.dense_pairs for c in costs)
+def _density(costs: list[Cost]) -> str:
+    density = sum(c.pairs for c in costs) / sum(c.dense_pairs for c in costs)
+    return f"{density:.3f}" if density >= 0.01 else f"{density:.2g}"
 
 
 def layer_constraint(config: Any, layer: int, causal: bool) -> Constraint:

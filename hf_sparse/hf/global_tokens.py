@@ -7,8 +7,7 @@ a cache the flags of the tokens seen are kept on the cache, which reorders and c
 
 from __future__ import annotations
 
-import functools
-import types
+import inspect
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from ..patterns import Pattern
 from .attention import GLOBALS
+from .global_cache import remember
 from .hooks import add_hook, argument, mask_owner, remove_hooks
 from .mask import Forward, SparseMask, running_forwards
 from .routing import verify_routing
-from .stored_settings import settings_for
+from .stored_settings import PREFIX, settings_for
 
 _PREPARE = "prepare_inputs_for_generation"
 
@@ -28,9 +28,16 @@ _PREPARE = "prepare_inputs_for_generation"
 @torch.compiler.disable
 def begin_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook: note the call's global tokens, and take `global_attention_mask` out of it."""
+    given, implementation = kwargs.get(GLOBALS), str(getattr(module.config, "_attn_implementation", ""))
+    if not implementation.startswith(PREFIX):  # set_attn_implementation has put another one in our place
+        if given is not None:
+            raise ValueError(
+                f"{GLOBALS} was given but {implementation!r} attention is set, which has no use for it; call "
+                f"hf_sparse.patch_model again, or leave it out"
+            )
+        return None
     forward = Forward(module)
     running_forwards().append(forward)
-    given = kwargs.get(GLOBALS)
     pattern = settings_for(module.config).pattern
     if not pattern.takes_globals:  # the config was changed behind the hook's back
         refuse_globals(module, args, kwargs)
@@ -61,7 +68,7 @@ def end_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         )
         cache = next((member for member in members if isinstance(member, Cache)), None)
     if flags is not None and output is not None and isinstance(cache, Cache):
-        _remember(cache, flags)
+        remember(cache, flags)
 
 
 def refuse_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -102,7 +109,7 @@ def add_global_hooks(model: PreTrainedModel, pattern: Pattern) -> None:
 def let_generate_take_globals(model: PreTrainedModel) -> None:
     """Let generate() accept `global_attention_mask` and hand it to every forward."""
     if isinstance(model, GenerationMixin) and _PREPARE not in vars(model):
-        setattr(model, _PREPARE, types.MethodType(prepare_inputs_with_globals, model))
+        setattr(model, _PREPARE, PrepareWithGlobals(model))
 
 
 def check_globals_arrive(model: PreTrainedModel) -> None:
@@ -126,29 +133,47 @@ def check_globals_arrive(model: PreTrainedModel) -> None:
 def remove_global_hooks(model: nn.Module) -> None:
     """Undo `add_global_hooks`, also on a copy of the model."""
     remove_hooks(model, GLOBAL_HOOKS)
-    if getattr(vars(model).get(_PREPARE), "__func__", None) is prepare_inputs_with_globals:
+    if isinstance(vars(model).get(_PREPARE), PrepareWithGlobals):
         delattr(model, _PREPARE)
 
 
-def prepare_inputs_with_globals(
-    self: Any, input_ids: Tensor, *args: Any, global_attention_mask: Tensor | None = None, **kwargs: Any
-) -> dict[str, Any]:
-    """Prepare a step of generate() as the model's class does, `global_attention_mask` made as long as the tokens seen.
+class PrepareWithGlobals:
+    """What a model runs before each step of generate(): its class's own, then `global_attention_mask`.
 
-    Tokens past the end of the mask are not global. transformers repeats the mask for beams as it does the inputs.
+    An object and no bound method, which a pickled model would look for in its class. It shows the signature of what it
+    runs, in which generate() looks for the arguments that a model can take.
     """
-    inputs = getattr(type(self), _PREPARE)(self, input_ids, *args, **kwargs)
-    if global_attention_mask is not None:
-        cache, embeds = inputs.get("past_key_values"), inputs.get("inputs_embeds")
-        new = inputs["input_ids"] if embeds is None else embeds
-        total = new.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
-        width = global_attention_mask.shape[-1]
-        if width < total and kwargs.get("is_first_iteration"):
-            raise ValueError(
-                f"{GLOBALS} covers {width} tokens but the prompt has {total}: give 0 or 1 for each of its tokens"
-            )
-        inputs[GLOBALS] = nn.functional.pad(global_attention_mask, (0, total - width))
-    return inputs
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(getattr(type(self.model), _PREPARE))
+        parameters = list(own.parameters.values())[1:]  # without self
+        mask = inspect.Parameter(GLOBALS, inspect.Parameter.KEYWORD_ONLY, default=None)
+        place = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return own.replace(parameters=[*parameters[:place], mask, *parameters[place:]])
+
+    def __call__(
+        self, input_ids: Tensor, *args: Any, global_attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the inputs of a step, the mask made as long as the tokens seen.
+
+        Tokens past the end of the mask are not global. transformers repeats the mask for beams as it does the inputs.
+        """
+        inputs = getattr(type(self.model), _PREPARE)(self.model, input_ids, *args, **kwargs)
+        if global_attention_mask is not None:
+            cache, embeds = inputs.get("past_key_values"), inputs.get("inputs_embeds")
+            new = inputs["input_ids"] if embeds is None else embeds
+            total = new.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
+            width = global_attention_mask.shape[-1]
+            if width < total and kwargs.get("is_first_iteration"):
+                raise ValueError(
+                    f"{GLOBALS} covers {width} tokens but the prompt has {total}: give 0 or 1 for each of its tokens"
+                )
+            inputs[GLOBALS] = nn.functional.pad(global_attention_mask, (0, total - width))
+        return inputs
 
 
 def _flags(
@@ -233,42 +258,3 @@ def _checked(
             f"{GLOBALS} makes token {place} of row {row} global, which attention_mask says is padding; set it to 0"
         )
     return flags
-
-
-class _KeepsFlags:
-    """What a cache does with its rows and tokens, done to their flags as well."""
-
-    global_flags: Tensor  # [B, tokens seen] bool
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.global_flags = self.global_flags[beam_idx.cpu()]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self.global_flags = self.global_flags[indices.cpu()]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.global_flags = self.global_flags.repeat_interleave(repeats, dim=0)
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        super().crop(*args, **kwargs)  # type: ignore[misc]
-        self.global_flags = self.global_flags[:, : int(self.get_seq_length())]  # type: ignore[attr-defined]
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.global_flags = self.global_flags[:, :0]
-
-
-@functools.cache
-def _remembering(kind: Any) -> Any:
-    return type(kind.__name__, (_KeepsFlags, kind), {"__module__": kind.__module__})
-
-
-def _remember(cache: Any, flags: Tensor) -> None:
-    """Keep `flags` on the cache, for the tokens it has seen."""
-    if not isinstance(cache, _KeepsFlags):
-        kind: Any = type(cache)
-        cache.__class__ = _remembering(kind)
-    cache.global_flags = flags[:, : int(cache.get_seq_length())]

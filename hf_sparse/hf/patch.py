@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..backends import check_backend
-from ..patterns import Pattern, get_pattern
+from ..patterns import Pattern, get_pattern, pattern_class
 from ..patterns.probe import check_predicate
 from .global_projections import projections, put_projections, remove_projections, set_projections
 from .global_tokens import (
@@ -34,6 +35,7 @@ from .stored_settings import (
     PREFIX,
     SparseSettings,
     attention_name,
+    check_comes_back,
     check_fit,
     query_heads,
     settings_for,
@@ -66,7 +68,8 @@ def patch_model(
             ``SlidingWindow(512) | Strided(64)``, one pattern per query head or one per layer.
         backend: "auto" chooses; a name obeys or raises at the first forward.
         layers: indices of the layers to patch, None for all; the others keep dense attention. A mapping of ranges to
-            patterns is the option of that name of ``pattern="layered"``.
+            patterns is the option of that name of ``pattern="layered"``, whose other option called ``pattern`` can only
+            be given to the object: ``patch_model(model, Layered(pattern="strided", dense_every=2))``.
         seq_len: tokens per sequence for which options that adapt to length are resolved, once and for all.
     Raises:
         ValueError: unknown pattern, option, backend or layer, a pattern that does not fit the model's heads and layers
@@ -76,6 +79,11 @@ def patch_model(
     if isinstance(layers, Mapping) and isinstance(
         pattern, str
     ):  # of the pattern: a pattern for each range of layers
+        if "layers" not in (field.name for field in dataclasses.fields(pattern_class(pattern))):
+            raise ValueError(
+                f"layers={layers!r} gives ranges of layers their patterns, which pattern='layered' does, and "
+                f"{pattern!r} is named besides; name 'layered', or give a list of layer indices"
+            )
         layers, options = None, {"layers": layers, **options}
     chosen = get_pattern(pattern, **options)
     if seq_len is not None:
@@ -88,7 +96,8 @@ def patch_model(
     settings = SparseSettings(chosen, _check_layers(layers, base), backend)
     config, causal = base.config.get_text_config(), is_causal(base)
     check_fit(settings, config)
-    check_predicate(chosen, query_heads(config) or 1, causal)
+    check_comes_back(settings)
+    check_predicate(chosen, query_heads(config) or 1, causal, getattr(config, "num_hidden_layers", 1))
     before = _state(base)
     try:
         if not hasattr(base, _RESTORE):

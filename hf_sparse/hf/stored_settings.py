@@ -66,6 +66,12 @@ def check_fit(settings: SparseSettings, config: Any) -> None:
     """Raise ValueError unless the pattern fits the heads and layers of a text model's config; some have no heads."""
     if heads := query_heads(config):
         _check_fit(settings.pattern, heads, int(config.num_hidden_layers))
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary and (beyond := [i for i in settings.pattern.global_token_ids if i >= vocabulary]):
+        raise ValueError(
+            f"token_ids holds {beyond[0]}, and the vocabulary of the model ends at {vocabulary - 1}: no input has it; "
+            f"look ids up with the model's own tokenizer"
+        )
 
 
 def query_heads(config: Any) -> int:
@@ -89,6 +95,21 @@ def settings_to_json(settings: SparseSettings) -> dict[str, Any]:
     }
 
 
+def check_comes_back(settings: SparseSettings) -> None:
+    """Raise ValueError unless the settings are the same after being saved and read."""
+    try:
+        same = settings_from_json(settings_to_json(settings)) == settings
+    except (TypeError, RuntimeError) as error:  # tensors and arrays have no truth as a whole
+        raise ValueError(
+            f"the options of {settings.pattern} cannot be saved ({error}); make them numbers, words and tuples of these"
+        ) from None
+    if not same:
+        raise ValueError(
+            f"the options of {settings.pattern} are not the same after being saved as JSON; make them numbers, words "
+            f"and tuples of these"
+        )
+
+
 def settings_from_json(saved: Any) -> SparseSettings:
     """Return the settings that were saved.
 
@@ -100,7 +121,8 @@ def settings_from_json(saved: Any) -> SparseSettings:
         text = json.dumps(saved, sort_keys=True)
     except TypeError as error:
         raise ValueError(
-            f"the saved sparse_attention is not plain JSON ({error}); patch the model again"
+            f"the saved sparse_attention is not plain JSON ({error}); make every option a number, a word, or a tuple "
+            f"of these, and patch the model again"
         ) from None
     return _parse(text)
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from .base import Context, Pattern
 from .checks import check_list_fits
 from .parts import Part
+from .registry import get_pattern
+
+_RUNS = 12  # different patterns of heads or layers that are written out
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ def check_patterns(owner: str, patterns: Any) -> tuple[Pattern, ...]:
             raise ValueError(
                 f"{owner} joins patterns, got {type(pattern).__name__}; use get_pattern(name) first"
             )
+        get_pattern(pattern)  # refuses one that cannot be hashed
     return tuple(patterns)
 
 
@@ -199,4 +203,6 @@ def _runs(patterns: Sequence[Pattern]) -> str:
         last = first + len(list(group)) - 1
         written.append(f"{first}: {text}" if first == last else f"{first}-{last}: {text}")
         first = last + 1
+    if len(written) > _RUNS:  # as long lists are cut in the options of a pattern
+        written = [*written[: _RUNS // 2], f"... {written[-1]}"]
     return ", ".join(written)

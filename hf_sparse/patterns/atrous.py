@@ -25,7 +25,7 @@ from .strided import Strided
 @register_pattern("atrous")
 @dataclass(frozen=True)
 class Atrous(Spelled):
-    """``(q - k) % stride == 0``."""
+    """Every stride-th key back from the query: ``(q - k) % stride == 0``."""
 
     stride: int = 64  # tokens between two keys of a query
 

@@ -29,7 +29,7 @@ from .strided import Strided
 @register_pattern("atrous_local")
 @dataclass(frozen=True)
 class AtrousLocal(Spelled):
-    """``|q - k| < stride`` or ``(q - k) % stride == 0``."""
+    """The last stride keys, and every stride-th farther back: ``|q - k| < stride`` or ``(q - k) % stride == 0``."""
 
     stride: int = 64  # tokens of the window, and between two keys farther away
 

@@ -116,7 +116,9 @@ class Pattern:
         options = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
         # An option that is off (None, False, nothing) and stays off goes without saying.
         said = ", ".join(
-            f"{n}={_short(v)}" for n, v, default in options if v != default or v not in (None, False, ())
+            f"{n}={short(v)}"
+            for n, v, default in options
+            if v != default or not (v is None or v is False or v == ())
         )
         return f"{self.name or type(self).__name__}({said})"
 
@@ -144,7 +146,7 @@ class Pattern:
         return allowed.expand(heads, q_len, k_len)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """Return the text of an option, long lists cut in the middle."""
     if isinstance(value, tuple) and len(value) > _LISTED:
         shown = ", ".join(map(repr, value[: _LISTED // 2]))

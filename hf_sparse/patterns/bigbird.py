@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .algebra import layer_of
 from .base import Context, Pattern
-from .checks import check_count, check_product
+from .checks import LARGEST_SEED, check_count, check_product
 from .parts import Bound, Draw, Drawn, Every, Listed, Part, block_part
 from .registry import register_pattern
 from .sampling import MOST_DRAWN, BlockDraw, is_drawn
@@ -62,7 +62,7 @@ class BigBird(Pattern):
         check_count("window_blocks", self.window_blocks, 1)
         check_count("global_blocks", self.global_blocks, 0)
         check_count("random_blocks", self.random_blocks, 0, MOST_DRAWN)
-        check_count("seed", self.seed, 0)
+        check_count("seed", self.seed, 0, LARGEST_SEED)
         check_product("block * window_blocks", self.block, self.window_blocks)
         check_product("block * global_blocks", self.block, self.global_blocks)
 
@@ -74,8 +74,8 @@ class BigBird(Pattern):
         blocks = -(-seq_len // self.block)
         if self.global_blocks > blocks:
             raise ValueError(
-                f"global_blocks={self.global_blocks} is more than the {blocks} blocks of block={self.block} in "
-                f"seq_len={seq_len} tokens; make global_blocks or block smaller"
+                f"global_blocks={self.global_blocks} is more than the {blocks} block{'s' * (blocks > 1)} of "
+                f"block={self.block} in seq_len={seq_len} tokens; make global_blocks or block smaller"
             )
         return self
 

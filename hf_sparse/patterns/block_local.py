@@ -39,7 +39,7 @@ from .registry import register_pattern
 @register_pattern("block_local")
 @dataclass(frozen=True)
 class BlockLocal(Pattern):
-    """``|q // block - k // block| <= neighbours``."""
+    """The query's own block and its neighbours: ``|q // block - k // block| <= neighbours``."""
 
     block: int = 256  # tokens
     neighbours: int = 1  # blocks before a query's own that it sees; bidirectional: as many behind it

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+LARGEST_SEED = 2**63 - 1
 LARGEST = 2**40  # tokens; positions and their sums and products with a stride stay within int64
 
 

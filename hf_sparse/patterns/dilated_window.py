@@ -45,7 +45,7 @@ from .registry import register_pattern
 @register_pattern("dilated_window")
 @dataclass(frozen=True)
 class DilatedWindow(Pattern):
-    """``|q - k| < window * dilation`` and ``(q - k) % dilation == 0``."""
+    """Every dilation-th of the nearest keys: ``|q - k| < window * dilation`` and ``(q - k) % dilation == 0``."""
 
     window: int = 256  # keys each query sees, itself included; bidirectional: window - 1 to each side
     dilation: int | tuple[int, ...] = (

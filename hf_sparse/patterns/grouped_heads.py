@@ -37,7 +37,7 @@ from .strided import Strided
 @register_pattern("grouped_heads")
 @dataclass(frozen=True)
 class GroupedHeads(Spelled):
-    """The first heads: ``|q - k| < window``; the rest: every round(1 / global_token_ratio)-th key and the token itself.
+    """The first heads a window, ``|q - k| < window``; the rest every round(1 / global_token_ratio)-th key.
 
     The adaptive window is fixed when a model is patched with ``seq_len=``: window * sqrt(seq_len / window), rounded
     down, within min_window and max_window. Without ``seq_len=`` it is `window`.

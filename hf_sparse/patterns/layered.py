@@ -120,7 +120,10 @@ class Layered(Spelled):
     def __str__(self) -> str:
         if self.layers is None:
             return f"layered(pattern={self.pattern}, dense_every={self.dense_every})"
-        runs = (f"{first}-{stop - 1}: {pattern}" for first, stop, pattern in self.layers)
+        runs = (
+            f"{first}: {pattern}" if stop == first + 1 else f"{first}-{stop - 1}: {pattern}"
+            for first, stop, pattern in self.layers
+        )
         return f"layered({', '.join(runs)})"
 
 

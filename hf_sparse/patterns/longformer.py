@@ -57,7 +57,7 @@ from .sliding_window import SlidingWindow
 @register_pattern("longformer")
 @dataclass(frozen=True)
 class Longformer(Spelled):
-    """``|q - k| < window``, the global keys for every query, and (bidirectional) every key for the global queries."""
+    """A window, and the global keys for every query; bidirectional: every key for the global queries."""
 
     window: int | tuple[int, ...] = 512  # keys each query sees, itself included: one number, or one per layer
     global_tokens: tuple[int, ...] = (0,)  # positions that every query sees

@@ -27,7 +27,7 @@ from .registry import register_pattern
 @register_pattern("multi_scale")
 @dataclass(frozen=True)
 class MultiScale(Spelled):
-    """At every scale i, ``|q - k| < window * 2**i`` and ``(q - k) % 2**i == 0``."""
+    """Windows at dilations 1, 2, 4, ...: at every scale i, ``|q - k| < window * 2**i`` and ``(q - k) % 2**i == 0``."""
 
     window: int = 128  # keys of each scale, the query itself included; bidirectional: window - 1 to each side
     scales: int = 4  # the dilations are 1, 2, 4, ... 2**(scales - 1)

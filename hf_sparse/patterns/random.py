@@ -46,7 +46,7 @@ from torch import Tensor
 
 from .algebra import layer_of
 from .base import Context, Pattern
-from .checks import check_count
+from .checks import LARGEST_SEED, check_count
 from .parts import Drawn, Part, window_part
 from .registry import register_pattern
 from .sampling import MOST_DRAWN, BlockDraw, is_drawn
@@ -67,7 +67,7 @@ class Random(Pattern):
     def __post_init__(self) -> None:
         check_count("keys_per_query", self.keys_per_query, 1, MOST_DRAWN)
         check_count("block", self.block, 1)
-        check_count("seed", self.seed, 0)
+        check_count("seed", self.seed, 0, LARGEST_SEED)
         if self.blocks is not None:
             check_count("blocks", self.blocks, 1, MOST_DRAWN)
             if self.keys_per_query != _KEYS:

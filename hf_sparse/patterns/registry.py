@@ -76,7 +76,8 @@ def pattern_class(name: str) -> type[Pattern]:
     """Return the class registered under `name`; raise ValueError with the nearest name where there is none."""
     if name not in _PATTERNS:
         near = difflib.get_close_matches(str(name), _PATTERNS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        own = " One of your own is known after hf_sparse.load_plugin('FILE.py')."
+        hint = f" Did you mean {near[0]!r}?" if near else own
         raise ValueError(f"unknown pattern {name!r}.{hint} Available: {', '.join(available_patterns())}.")
     return _PATTERNS[name]
 
@@ -92,7 +93,7 @@ def get_pattern(pattern: str | Pattern, /, **options: Any) -> Pattern:
             raise ValueError(
                 f"options {', '.join(sorted(options))} go with a pattern name; {pattern} already has its own"
             )
-        return pattern
+        return _hashable(pattern)
     if not isinstance(pattern, str):
         raise ValueError(f"pattern must be a name or a Pattern object, got {type(pattern).__name__}")
     cls = pattern_class(pattern)
@@ -108,4 +109,15 @@ def get_pattern(pattern: str | Pattern, /, **options: Any) -> Pattern:
     ]
     if missing := [option for option in required if option not in options]:
         raise ValueError(f"pattern {pattern!r} needs a value for {', '.join(missing)}, which has no default")
-    return cls(**options)
+    return _hashable(cls(**options))
+
+
+def _hashable(pattern: P) -> P:
+    """Return `pattern`; raise ValueError where no plan can be kept for it."""
+    try:
+        hash(pattern)
+    except TypeError as error:
+        raise ValueError(
+            f"{pattern} cannot be hashed ({error}); let __post_init__ turn its lists and mappings into tuples"
+        ) from None
+    return pattern

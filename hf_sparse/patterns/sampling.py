@@ -51,12 +51,14 @@ def sample(state: Tensor, count: Tensor, most: int) -> Tensor:
         int64 [H, n, most], -1 at the end of a list that is shorter.
     """
     drawn = count.clamp(0, most)
+    longest = int(drawn.max()) if drawn.numel() else 0
+    turn = torch.arange(longest, device=state.device)[:, None, None]
+    ends = (count - drawn + turn).clamp_(min=0)
     picks = state.new_full((most, *state.shape), -1)
-    for i in range(int(drawn.max()) if drawn.numel() else 0):
-        end = (count - drawn + i).clamp(min=0)
-        pick = _shifted(mix(state + i), 1) % (end + 1)
-        pick = torch.where((picks[:i] == pick).any(0), end, pick)
-        picks[i] = torch.where(i < drawn, pick, -1)
+    picks[:longest] = torch.where(turn < drawn, _shifted(mix(state + turn), 1) % (ends + 1), -1)
+    for i in range(1, longest):
+        taken = (picks[:i] == picks[i]).any(0) & (drawn > i)
+        picks[i] = torch.where(taken, ends[i], picks[i])
     return picks.permute(1, 2, 0)
 
 

@@ -55,7 +55,7 @@ from .registry import register_pattern
 @register_pattern("sparse_transformer_fixed")
 @dataclass(frozen=True)
 class SparseTransformerFixed(Pattern):
-    """``q // block == k // block`` or ``k % block >= block - summary``."""
+    """The query's own block, and the last summary keys of every block: ``k % block >= block - summary``."""
 
     block: int = 128  # tokens; a query sees its own block
     summary: int = 8  # last tokens of every block, which every query sees

@@ -52,7 +52,7 @@ from .strided import Strided
 @register_pattern("sparse_transformer_strided")
 @dataclass(frozen=True)
 class SparseTransformerStrided(Spelled):
-    """``|q - k| < stride`` or ``(q - k) % stride == 0``."""
+    """A window, and every stride-th key: ``|q - k| < stride`` or ``(q - k) % stride == 0``."""
 
     stride: int = 128  # tokens of the window, and between two keys farther away
     heads: str = (

@@ -27,7 +27,10 @@ from .registry import register_pattern
 @register_pattern("streaming_llm")
 @dataclass(frozen=True)
 class StreamingLLM(Pattern):
-    """``k < sinks`` or ``|q - k| < window``; keys keep the positions they have in the text."""
+    """The first keys and a window: ``k < sinks`` or ``|q - k| < window``.
+
+    Keys keep the positions that they have in the text.
+    """
 
     sinks: int = 4  # first tokens of the sequence that every query sees
     window: int = 1020  # keys each query sees, itself included; bidirectional: window - 1 to each side

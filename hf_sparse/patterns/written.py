@@ -6,7 +6,10 @@ A long list per head or layer is written as its distinct patterns and, for each 
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .algebra import PerHead, PerLayer, Union
@@ -53,14 +56,32 @@ def pattern_from_json(saved: Any) -> Pattern:
     if not isinstance(saved, dict) or "name" not in saved or not saved.keys() <= {"name", "options"}:
         raise ValueError(
             f"a saved pattern must be {{name, options}}, {{union}}, {{per_head}} or {{per_layer}}, got {saved!r}; "
-            f"patch the model again"
+            f"write it with hf_sparse.patterns.pattern_to_json, or patch the model again"
         )
-    options = saved.get("options") or {}
+    options = {} if saved.get("options") is None else saved["options"]
     if not isinstance(options, dict):
         raise ValueError(
-            f"the options of the saved pattern {saved['name']!r} must be a dict, got {options!r}; patch the model again"
+            f"the options of the saved pattern {saved['name']!r} must be a dict, got {options!r}; "
+            f'write them as {{"window": 128}}, or patch the model again'
         )
     return get_pattern(saved["name"], **{name: _frozen(value) for name, value in options.items()})
+
+
+def read_json_file(path: str) -> Any:
+    """Return what the JSON file of a pattern holds; raise ValueError where it cannot be read."""
+    if "\0" in path:
+        raise ValueError(f"{path!r} is no file name, it holds a null byte; check the spelling")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"the pattern file {path} cannot be read ({os.strerror(error.errno or 0)}); check the path"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"the pattern file {path} is not JSON ({error}); write a pattern such as "
+            '{"name": "sliding_window", "options": {"window": 256}}'
+        ) from None
 
 
 def _list_to_json(patterns: Sequence[Pattern], per: str) -> Any:
@@ -84,7 +105,8 @@ def _list_from_json(saved: dict[str, Any], value: Any, per: str) -> tuple[Patter
                 return tuple(patterns[number] for number in numbers)
     raise ValueError(
         f"a saved pattern per head or layer must be a list of patterns, or {{patterns, {per}}} with numbers into that "
-        f"list, got {saved!r}; patch the model again"
+        f"list, got {saved!r}; write one pattern for each, or patch the "
+        f"model again"
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..patterns.base import Pattern
 from .constraint import Constraint
-from .plan import make_plan
+from .plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Cost:
 
     pairs, dense_pairs: (query, key) pairs per head of the pattern, and of dense attention under the same constraint.
     flops: floating-point operations of the two products of the forward pass, all heads (4 * head_dim per pair).
-    kv_bytes_per_step: bytes of keys and values read to decode one token after n tokens.
+    kv_bytes_per_step: bytes of keys and values read to decode one token after n tokens; what several query heads of a
+        key head read counts once.
     """
 
     pairs: float
@@ -59,5 +62,21 @@ def cost(
         pairs=plan.pairs,
         dense_pairs=plan.dense_pairs,
         flops=4.0 * head_dim * heads * plan.pairs,
-        kv_bytes_per_step=2.0 * head_dim * kv_heads * dtype_bytes * step.pairs,
+        kv_bytes_per_step=2.0 * head_dim * dtype_bytes * _keys_read(step, kv_heads),
     )
+
+
+def _keys_read(step: Plan, kv_heads: int) -> float:
+    """Return the keys one query reads, summed over key heads: of each, those that any of its query heads wants.
+
+    A predicate without parts does not say which keys its heads share; they then count as reading the mean.
+    """
+    if step.reads is None:
+        return step.pairs * kv_heads
+    sharing = step.heads // kv_heads
+    keys = 0
+    for kv in range(kv_heads):
+        wanted = range(kv * sharing, (kv + 1) * sharing)
+        readers = [(head, reads) for head in wanted for reads in step.reads if head in reads.heads]
+        keys += len(np.unique(np.concatenate([reads.keys_of(head) for head, reads in readers])))
+    return float(keys)

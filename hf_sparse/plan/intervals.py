@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..patterns.parts import Bound, Drawn, Every, Keys, Listed, Part, Periodic, Residue
+from ..patterns.sampling import is_drawn
 
 _LARGEST_COMMON_PERIOD = 2**16  # up to which two periodic lists are compared position by position
 
@@ -40,18 +41,21 @@ class Leftover:
     interval: Interval
     earlier: tuple[Interval, ...] = ()
 
-    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
-        """Tell which pairs of positions (int64, broadcastable) are meant; of drawn blocks, all are."""
+    def allowed(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Tell which pairs (int64, broadcastable) are meant; of the blocks that the interval itself draws, all are."""
         allowed = inside(self.interval, query, key)
         for other in self.earlier:
-            allowed = allowed & ~inside(other, query, key)
+            held = inside(other, query, key)
+            if isinstance(other.keys, Drawn):
+                held = held & is_drawn(other.keys, head, query, key)
+            allowed = allowed & ~held
         return allowed
 
 
 def disjoint(parts: Sequence[Part]) -> tuple[list[Interval], list[Leftover]]:
     """Return intervals and leftovers that together hold every pair of `parts` exactly once.
 
-    The parts speak of the same heads; two drawn parts must not overlap.
+    The parts speak of the same heads.
     """
     skip, intervals = _chosen_queries(parts)
     leftovers: list[Leftover] = []
@@ -88,6 +92,13 @@ def inside(interval: Interval, query: Tensor, key: Tensor) -> Tensor:
     for skipped in interval.skip:
         held = held & ~is_in(skipped, query)
     return held
+
+
+def contradict(interval: Interval) -> bool:
+    """True where two bounds that go along with the query already leave no key: none can lie far enough from it."""
+    starts = [b.const + b.add - b.div + 1 for b in interval.starts if b.mul == b.div]
+    stops = [b.const + b.add for b in interval.stops if b.mul == b.div]
+    return bool(starts and stops) and max(starts) >= min(stops)
 
 
 def is_in(positions: Listed | Periodic, position: Tensor) -> Tensor:
@@ -161,7 +172,8 @@ def _outside(interval: Interval, other: Part) -> list[Interval]:
         # Where `other` is empty its start lies after its stop: the right side must then begin where the left one ends.
         after = (other.stop, *_bounds(other.start))
         sides.append(replace(interval, starts=(*interval.starts, *after)))
-    return sides
+    # Many windows, one within the other, would otherwise double what is left with each of them.
+    return [side for side in sides if not contradict(side)]
 
 
 def _holds(keys: Listed | Periodic, position: int) -> bool:

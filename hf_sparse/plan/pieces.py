@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
 
 from ..patterns.parts import Bound, Every, Listed, Periodic, Residue
-from .intervals import Interval
+from .intervals import Interval, contradict
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class IndexList:
 
 
 Indices = Lattice | Comb | IndexList
-_ROWS = 2**15  # rows whose bounds are taken at a time, where only their sum is wanted
+_ROWS = 2**15  # queries, of all members, whose bounds are taken at a time where only their sum is wanted
+_PROBES = 2**8  # queries at which is looked first, where only is wanted whether there is any pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,20 +113,23 @@ class Piece:
         t = np.arange(first, self.queries.count if stop is None else stop)
         position = self.query_position + self.queries.at(t)
         lo, hi = self._bounds(position)
+        hi = np.maximum(hi, lo)
         if self.skip and self.repeat == 1:
             hi = np.where(self._skipped(position), lo, hi)
         return lo, hi
 
     def _bounds(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return lo and hi at these query positions, never decreasing; hi is below lo where there are no keys."""
         lo, hi = np.zeros_like(position), np.full_like(position, self.keys.count)
         for bound in self.starts:
             lo = np.maximum(lo, self.keys.count_below(bound.at(position) - self.key_position))
         for bound in self.stops:
             hi = np.minimum(hi, self.keys.count_below(bound.at(position) - self.key_position))
-        return lo, np.maximum(hi, lo)
+        return lo, hi
 
     def _skipped(self, position: np.ndarray) -> np.ndarray:
-        skipped = np.zeros(len(position), dtype=bool)
+        """Tell which of the query positions the piece leaves out."""
+        skipped = np.zeros(position.shape, dtype=bool)
         for chosen in self.skip:
             if isinstance(chosen, Listed):
                 skipped |= np.isin(position, chosen.positions)
@@ -133,22 +137,38 @@ class Piece:
                 skipped |= (position - chosen.offset) % chosen.period < chosen.width
         return skipped
 
-    def skipped_rows(self, member: int) -> np.ndarray:
-        """Return the numbers of the queries that member `member` of a family leaves out."""
-        position = self.query_position + self.queries.at(np.arange(self.queries.count)) + member
-        return np.flatnonzero(self._skipped(position))
-
     @cached_property
     def pairs(self) -> int:
         """The (query, key) pairs of the whole family."""
-        pairs = 0
-        for first in range(0, self.queries.count, _ROWS):
-            lo, hi = self.bounds(first, min(first + _ROWS, self.queries.count))
-            pairs += self.repeat * int((hi - lo).sum())
-        if self.repeat > 1 and self.skip:
-            lo, hi = self.bounds()
-            pairs -= sum(int((hi - lo)[self.skipped_rows(m)].sum()) for m in range(self.repeat))
-        return pairs
+        return sum(int(held.sum()) for held in self._held())
+
+    @cached_property
+    def holds_pairs(self) -> bool:
+        """True where the piece holds any pair."""
+        if not self.queries.count or not self.keys.count:
+            return False
+        last = self.queries.count - 1
+        t = np.unique(np.linspace(0, last, min(self.queries.count, _PROBES)).astype(np.int64))
+        lo, hi = self._bounds(self.query_position + self.queries.at(t))
+        if not self.skip and (hi > lo).any():
+            return True
+        # Between two probes nothing lies where lo is already as far at the first as hi is at the second.
+        if hi[0] <= lo[0] and (hi[1:] <= lo[:-1]).all():
+            return False
+        return any(bool(held.any()) for held in self._held())
+
+    def _held(self) -> Iterator[np.ndarray]:
+        """Yield how many pairs each query number has in all members together, int64, some queries at a time."""
+        rows = max(1, _ROWS // self.repeat)
+        for first in range(0, self.queries.count, rows):
+            stop = min(first + rows, self.queries.count)
+            lo, hi = self.bounds(first, stop)
+            members: int | np.ndarray = self.repeat
+            if self.skip and self.repeat > 1:
+                position = self.query_position + self.queries.at(np.arange(first, stop))
+                of_all = position[:, None] + np.arange(self.repeat)
+                members = self.repeat - self._skipped(of_all).sum(1)
+            yield (hi - lo) * members
 
 
 def pieces_of(interval: Interval, q_len: int, k_len: int, first: int) -> list[Piece] | None:
@@ -157,17 +177,17 @@ def pieces_of(interval: Interval, q_len: int, k_len: int, first: int) -> list[Pi
     None where the interval has no pieces of this form (a residue list whose members differ).
     """
     behind = k_len - q_len
-    if _contradict(interval):
+    if contradict(interval):
         return []
 
     def piece(queries: Indices, keys: Indices, repeat: int = 1) -> Piece:
         starts, stops = interval.starts, interval.stops
         return Piece(queries, keys, starts, stops, first + behind, first, repeat, interval.skip)
 
-    queries = _indices(interval.queries, first + behind, q_len)
+    queries = indices_of(interval.queries, first + behind, q_len)
     keys = interval.keys
     if isinstance(keys, (Every, Listed, Periodic)):
-        return [piece(queries, _indices(None if isinstance(keys, Every) else keys, first, k_len))]
+        return [piece(queries, indices_of(None if isinstance(keys, Every) else keys, first, k_len))]
     assert isinstance(keys, Residue) and interval.queries is None
     # The members of a family must be alike. Constant distances are; a fixed position divides them in two.
     cuts = set()
@@ -182,13 +202,12 @@ def pieces_of(interval: Interval, q_len: int, k_len: int, first: int) -> list[Pi
     ]
 
 
-def _indices(positions: Listed | Periodic | None, first: int, length: int) -> Indices:
+def indices_of(positions: Listed | Periodic | None, first: int, length: int) -> Indices:
     """Return the indices, counted from position `first`, of the listed positions among the next `length`."""
     if positions is None:
         return Lattice(0, length)
     if isinstance(positions, Listed):
-        indices = np.array(positions.positions, dtype=np.int64) - first
-        return IndexList(indices[(indices >= 0) & (indices < length)])
+        return _listed(positions, first, length)
     offset = (positions.offset - first) % positions.period
     if positions.width == 1:
         return Lattice(offset, len(range(offset, length, positions.period)), positions.period)
@@ -196,14 +215,10 @@ def _indices(positions: Listed | Periodic | None, first: int, length: int) -> In
     return Comb(offset, positions.period, positions.width, int(whole.count_below(np.array(length))))
 
 
-def _contradict(interval: Interval) -> bool:
-    """True where two bounds at constant distances already leave no key."""
-
-    def distances(bounds: tuple[Bound, ...]) -> list[int]:
-        return [b.const + b.add for b in bounds if b.div == 1 and b.mul == 1]
-
-    starts, stops = distances(interval.starts), distances(interval.stops)
-    return bool(starts and stops) and max(starts) >= min(stops)
+@lru_cache(maxsize=64)  # the pieces of a plan share their lists
+def _listed(positions: Listed, first: int, length: int) -> IndexList:
+    indices = np.array(positions.positions, dtype=np.int64) - first
+    return IndexList(indices[(indices >= 0) & (indices < length)])
 
 
 def _residue_families(

@@ -98,9 +98,7 @@ def make_plan(
 @lru_cache(maxsize=256)
 def _parts(pattern: Pattern, context: Context) -> tuple[Part, ...] | None:
     parts = pattern.parts(context)
-    if parts is None or sum(isinstance(part.keys, Drawn) for part in parts) > 1:
-        return None
-    return tuple(parts)
+    return None if parts is None else tuple(parts)
 
 
 @lru_cache(maxsize=256)
@@ -136,13 +134,13 @@ def _head_plan(
         if found is None:
             leftovers = [*leftovers, Leftover(interval)]
             continue
-        found = [piece for piece in found if piece.pairs]
+        found = [piece for piece in found if piece.holds_pairs]
         pieces += found
         n_pieces += bool(found)
     for leftover in leftovers:
 
         def allowed(head: Tensor, query: Tensor, key: Tensor, leftover: Leftover = leftover) -> Tensor:
-            return leftover.allowed(query, key) & constraint.admits(query, key)
+            return leftover.allowed(head, query, key) & constraint.admits(query, key)
 
         bounds = (*leftover.interval.starts, *starts), (*leftover.interval.stops, *stops)
         if isinstance(leftover.interval.keys, Drawn):

@@ -8,13 +8,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..patterns.parts import Bound, Drawn, Every, Listed, Part, Periodic, Residue
+from ..patterns.parts import Bound, Drawn, Every, Keys, Listed, Part, Periodic, Residue
 from .constraint import Constraint
 from .intervals import Interval, Leftover, disjoint, is_in
-
-_SEARCH_KEYS = 2**16  # keys that a predicate is asked about at a time
+from .pieces import indices_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +35,14 @@ class Reads:
             each = 1 if len(self.listed) == len(self.heads) else len(self.heads)
             pairs += each * int((self.listed >= 0).sum())
         return pairs
+
+    def keys_of(self, head: int) -> np.ndarray:
+        """Return the key indices that `head`, one of `heads`, reads."""
+        keys = [np.arange(r.start, r.stop, r.step) for r in self.ranges]
+        if self.listed is not None:
+            own = self.listed[self.heads.index(head) if len(self.listed) > 1 else 0]
+            keys.append(own[own >= 0])
+        return np.concatenate(keys) if keys else np.empty(0, dtype=np.int64)
 
     @property
     def n_pieces(self) -> int:
@@ -91,43 +97,42 @@ def _reads(
     for interval in intervals:
         if not _speaks_of(interval, query):
             continue
-        low, high = _between(interval, constraint, query, first)
-        keys = interval.keys
-        if isinstance(keys, Every):
-            ranges.append(range(low - first, high - first))
-        elif isinstance(keys, Residue):
-            low += (query - low) % keys.stride
-            ranges.append(range(low - first, high - first, keys.stride))
-        elif isinstance(keys, Periodic) and keys.width == 1:
-            low += (keys.offset - low) % keys.period
-            ranges.append(range(low - first, high - first, keys.period))
-        elif isinstance(keys, Periodic):
-            # The neighbours of the period in which `low` lies, and of all after it.
-            start = low - (low - keys.offset) % keys.period
-            positions = np.arange(start, max(high, start), keys.period)[:, None] + np.arange(keys.width)
-            listed.append(_inside(positions.ravel(), low, high) - first)
+        found = _keys(interval.keys, query, *_between(interval, constraint, query, first))
+        if isinstance(found, range):
+            ranges.append(range(found.start - first, found.stop - first, found.step))
         else:
-            assert isinstance(keys, Listed)
-            listed.append(_inside(np.array(keys.positions, dtype=np.int64), low, high) - first)
-    own: list[np.ndarray] = []
+            listed.append(found - first)
+    own = [np.empty(0, dtype=np.int64)] * len(heads)
     for leftover in leftovers:
         if not _speaks_of(leftover.interval, query):
             continue
         low, high = _between(leftover.interval, constraint, query, first)
         if isinstance(leftover.interval.keys, Drawn):
-            own = _drawn(leftover, heads, query, low, high)
+            drawn = _drawn(leftover, heads, query, low, high)
+            own = [np.concatenate(both) for both in zip(own, drawn, strict=True)]
         else:
-            listed += [
-                np.flatnonzero(_allowed(leftover, query, np.arange(start, min(start + _SEARCH_KEYS, high))))
-                + start
-                - first
-                for start in range(low, high, _SEARCH_KEYS)
-            ]
+            found = np.asarray(_keys(leftover.interval.keys, query, low, high), dtype=np.int64)
+            listed.append(found[_allowed(leftover, heads[0], query, found)] - first)
     shared = np.concatenate(listed) if listed else np.empty(0, dtype=np.int64)
     ranges = [r for r in ranges if len(r)]
     if any(len(keys) for keys in own):
         return Reads(heads, tuple(ranges), _table([np.concatenate((shared, keys - first)) for keys in own]))
     return Reads(heads, tuple(ranges), shared[None] if len(shared) else None)
+
+
+def _keys(keys: Keys, query: int, low: int, high: int) -> range | np.ndarray:
+    """Return the positions low <= k < high that are on the list of a part that is not drawn."""
+    if isinstance(keys, Every):
+        return range(low, high)
+    if isinstance(keys, Residue):
+        return range(low + (query - low) % keys.stride, high, keys.stride)
+    if isinstance(keys, Periodic) and keys.width == 1:
+        return range(low + (keys.offset - low) % keys.period, high, keys.period)
+    if isinstance(keys, Periodic):
+        comb = indices_of(keys, low, high - low)
+        return low + comb.at(np.arange(comb.count))
+    assert isinstance(keys, Listed)
+    return _inside(np.array(keys.positions, dtype=np.int64), low, high)
 
 
 def _table(rows: list[np.ndarray]) -> np.ndarray:
@@ -166,13 +171,13 @@ def _drawn(leftover: Leftover, heads: tuple[int, ...], query: int, low: int, hig
     assert isinstance(keys, Drawn)
     blocks = keys.draw(torch.tensor(heads), torch.tensor([query // keys.query_block]))[:, 0].numpy()
     rows = []
-    for drawn in blocks:
+    for head, drawn in zip(heads, blocks, strict=True):
         positions = (drawn[drawn >= 0, None] * keys.key_block + np.arange(keys.key_block)).ravel()
         positions = _inside(positions, low, high)
-        rows.append(positions[_allowed(leftover, query, positions)])
+        rows.append(positions[_allowed(leftover, head, query, positions)])
     return rows
 
 
-def _allowed(leftover: Leftover, query: int, keys: np.ndarray) -> np.ndarray:
-    key: Tensor = torch.from_numpy(keys)
-    return leftover.allowed(torch.tensor(query), key).expand(key.shape).numpy()
+def _allowed(leftover: Leftover, head: int, query: int, keys: np.ndarray) -> np.ndarray:
+    key = torch.from_numpy(keys)
+    return leftover.allowed(torch.tensor([head]), torch.tensor([query]), key).expand(key.shape).numpy()

@@ -6,19 +6,19 @@ The lists come from a pattern that draws them, or are found by asking a predicat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..patterns.parts import Bound, Drawn
-from .intervals import Leftover
+from .intervals import Leftover, is_in
 
 Predicate = Callable[[Tensor, Tensor, Tensor], Tensor]
 BLOCK = 64  # tokens per block of a predicate, queries and keys alike
 _SEARCH_KEYS = 8192  # keys of which a block of queries is asked at a time
-_DRAWN = 4096  # query blocks for which is drawn at a time
+_DRAWN = 1024  # query blocks for which is drawn at a time
 _CHECKED = 2**20  # listed pairs that are checked at a time
 
 
@@ -168,35 +168,60 @@ def drawn_tiles(
     first_block = begin // keys.query_block
     blocks = torch.arange(first_block, (begin + q_len - 1) // keys.query_block + 1)
     head = torch.tensor(heads)
-    drawn = [keys.draw(head, part).to(torch.int32) for part in blocks.split(_DRAWN)]
-    lists = torch.cat(drawn, 1).numpy()
-    low = np.maximum(blocks.numpy() * keys.query_block, begin)[None, :, None]
-    high = np.minimum((blocks.numpy() + 1) * keys.query_block, begin + q_len)[None, :, None] - 1
-    key_low = lists.astype(np.int64) * keys.key_block
-    key_high = key_low + keys.key_block
-    least, most = _range(bounds, low, high, first, first + k_len)
-    lists[(lists < 0) | (key_high <= least) | (key_low >= most)] = -1
-    # A tile is whole where its first and last row see all of its keys and no other interval comes near.
-    whole = (high - low == keys.query_block - 1) & (key_low >= first) & (key_high <= first + k_len)
-    for bound in bounds[0]:
-        whole = whole & (key_low >= bound.at(high))
-    for bound in bounds[1]:
-        whole = whole & (key_high <= bound.at(low))
-    for other in leftover.earlier:
-        starts, stops = other.starts, other.stops
-        apart = np.zeros(lists.shape, dtype=bool)
-        for bound in starts:
-            apart = apart | (key_high <= bound.at(low))
-        for bound in stops:
-            apart = apart | (key_low >= bound.at(high))
-        whole = whole & apart
-    if leftover.interval.skip:
-        whole = np.zeros_like(whole)
-    masked = ((lists >= 0) & ~whole).any((0, 2))
+    lists, masked = [], []
+    for part in blocks.split(_DRAWN):
+        drawn = keys.draw(head, part).numpy()
+        low = np.maximum(part.numpy() * keys.query_block, begin)[None, :, None]
+        high = np.minimum((part.numpy() + 1) * keys.query_block, begin + q_len)[None, :, None] - 1
+        key_low = drawn * keys.key_block
+        key_high = key_low + keys.key_block
+        least, most = _range(bounds, low, high, first, first + k_len)
+        drawn[(drawn < 0) | (key_high <= least) | (key_low >= most)] = -1
+        whole = (high - low == keys.query_block - 1) & (key_low >= first) & (key_high <= first + k_len)
+        whole &= _is_whole(leftover, bounds, low, high, key_low, key_high)
+        query = part[:, None] * keys.query_block + torch.arange(keys.query_block)
+        for skipped in leftover.interval.skip:
+            whole &= ~is_in(skipped, query).any(1).numpy()[None, :, None]
+        lists.append(drawn.astype(np.int32))
+        masked.append(((drawn >= 0) & ~whole).any((0, 2)))
     tiles = Tiles(
-        heads, keys.query_block, keys.key_block, first_block, lists, masked, allowed, 0, q_len, k_len, first
+        heads,
+        keys.query_block,
+        keys.key_block,
+        first_block,
+        np.concatenate(lists, 1),
+        np.concatenate(masked),
+        allowed,
+        0,
+        q_len,
+        k_len,
+        first,
     )
     return _counted(tiles)
+
+
+def _is_whole(
+    leftover: Leftover,
+    bounds: tuple[tuple[Bound, ...], tuple[Bound, ...]],
+    low: np.ndarray,
+    high: np.ndarray,
+    key_low: np.ndarray,
+    key_high: np.ndarray,
+) -> np.ndarray:
+    """Tell of which blocks of keys every query from `low` to `high` sees all, and no other interval anything."""
+    whole = np.ones(key_low.shape, dtype=bool)
+    for bound in bounds[0]:
+        whole &= key_low >= bound.at(high)
+    for bound in bounds[1]:
+        whole &= key_high <= bound.at(low)
+    for other in leftover.earlier:
+        apart = np.zeros(key_low.shape, dtype=bool)
+        for bound in other.starts:
+            apart |= key_high <= bound.at(low)
+        for bound in other.stops:
+            apart |= key_low >= bound.at(high)
+        whole &= apart
+    return whole
 
 
 def _range(
@@ -237,19 +262,7 @@ def _counted(tiles: Tiles) -> Tiles:
         if lists.shape[0] == held.shape[0]:
             lists[:, numbers] = np.where(held > 0, lists[:, numbers], -1)
             masked[numbers] = ((held > 0) & (held < each)).any((0, 2))
-    return Tiles(
-        tiles.heads,
-        tiles.query_block,
-        tiles.key_block,
-        tiles.first_block,
-        lists,
-        masked,
-        tiles.allowed,
-        pairs,
-        tiles.q_len,
-        tiles.k_len,
-        tiles.first,
-    )
+    return replace(tiles, lists=lists, masked=masked, pairs=pairs)
 
 
 def _chunks(numbers: np.ndarray, most: int) -> Iterator[np.ndarray]:

@@ -10,8 +10,9 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from ..backends import check_backend
+from ..backends import BACKENDS, check_backend
 from ..patterns import Pattern, Union, get_pattern, load_plugin
+from ..patterns.written import pattern_from_json, read_json_file
 
 
 def _option(default: Any, help: str) -> Any:
@@ -28,7 +29,9 @@ class AdaptationArguments:
 
     model: str = _option("recipes/tiny_base", "hub id or folder of a causal language model")
     pattern: str = _option(
-        "sliding_window", "a pattern (hf-sparse patterns lists them), or a union: 'strided | longformer'"
+        "sliding_window",
+        "a pattern (hf-sparse patterns lists them), a union: 'strided | longformer', or a JSON file with a stored "
+        "pattern such as {per_head: [...]}",
     )
     pattern_options: dict[str, Any] | str | None = _option(
         None,
@@ -41,7 +44,7 @@ class AdaptationArguments:
     layers: list[int] | None = _option(
         None, "layers that get the pattern, the others stay dense; default: all"
     )
-    backend: str = _option("auto", "how attention is computed: auto, reference or torch")
+    backend: str = _option("auto", f"how attention is computed: {', '.join(BACKENDS)}")
     dense_control: bool = _option(
         False,
         "train the same with dense attention instead: what the data alone, without the pattern, is worth",
@@ -84,7 +87,13 @@ class AdaptationArguments:
         """Return the pattern that is trained: `full` for the dense control, else the named one with its options."""
         options = _mapping(self.pattern_options)
         names = [name.strip() for name in str(self.pattern).split("|")]
-        if len(names) == 1:
+        if str(self.pattern).lower().endswith(".json"):
+            if options:
+                raise ValueError(
+                    f"pattern_options go with a named pattern, got {options!r}; write them into {self.pattern}."
+                )
+            pattern = pattern_from_json(read_json_file(str(self.pattern)))
+        elif len(names) == 1:
             pattern = get_pattern(names[0], **options)
         else:
             if stray := [

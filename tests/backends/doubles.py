@@ -71,6 +71,78 @@ def flash_backward(grad, query, key, value, out, lse, *, left, right, scale):
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
+def aten_flash_forward(
+    query,
+    key,
+    value,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    return_debug_mask,
+    *,
+    scale,
+    window_size_left,
+    window_size_right,
+):
+    """The operator itself, with what it demands of its arguments; a row without keys has log-sum-exp +inf."""
+    _demands(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, scale)
+    assert not return_debug_mask and not (is_causal and window_size_left >= 0)
+    left, right = window_size_left, 0 if is_causal else window_size_right
+    exact = torch.promote_types(query.dtype, torch.float32)
+    wide = (x.to(exact) for x in (query, key, value))
+    out, lse = flash_forward(*wide, left=left, right=right, scale=scale)
+    empty = torch.empty(0, dtype=torch.uint64)
+    return out.to(query.dtype), lse.masked_fill(lse == float("-inf"), float("inf")), empty, empty, empty
+
+
+def aten_flash_backward(
+    grad,
+    query,
+    key,
+    value,
+    out,
+    lse,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    state,
+    unused,
+    *,
+    scale,
+    window_size_left,
+    window_size_right,
+):
+    """The operator itself; -inf in the log-sum-exp would make weights infinite."""
+    _demands(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, scale)
+    assert grad.shape == out.shape == query.shape and lse.shape == out.transpose(1, 2).shape[:3]
+    assert grad.is_contiguous() and out.is_contiguous() and lse.is_contiguous()
+    assert not (lse == float("-inf")).any() and state.dtype == torch.uint64 and len(state) == 2
+    left, right = window_size_left, 0 if is_causal else window_size_right
+    assert (
+        lse.dtype == torch.promote_types(query.dtype, torch.float32)
+        and grad.dtype == out.dtype == query.dtype
+    )
+    wide = (x.to(lse.dtype) for x in (grad, query, key, value, out))
+    grads = flash_backward(*wide, lse, left=left, right=right, scale=scale)
+    return tuple(x.to(query.dtype) for x in grads)
+
+
+def _demands(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, scale):
+    assert query.shape[3] == key.shape[3] == value.shape[3] and query.shape[3] % 8 == 0
+    assert query.shape[2] % key.shape[2] == 0 and key.shape == value.shape
+    assert (max_q, max_k) == (query.shape[1], key.shape[1]) and cum_seq_q is cum_seq_k is None
+    assert dropout_p == 0.0 and isinstance(scale, float)
+    for x in (query, key, value):
+        assert x.stride(3) == 1 and x.storage_offset() % 8 == 0
+        assert not any(step % 8 for n, step in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1)
+
+
 def _scores(query, key, value, left, right, scale):
     assert left >= -1 and right >= -1 and query.shape[1] and key.shape[1]
     shared = query.shape[2] // key.shape[2]

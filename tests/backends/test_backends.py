@@ -241,11 +241,28 @@ def test_segments_of_another_batch_are_refused():
         ({"q_len": 12}, "12 queries for 10 keys"),
         ({"width": 5}, "shapes do not fit"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"softcap": 0.0}, "softcap must be above 0, or None for no cap, got 0.0"),
+        ({"dtype": torch.int64}, "attention takes floating-point tensors, got torch.int64"),
+        ({"heads": 0}, "attention needs at least one head of at least one channel"),
     ],
 )
 def test_calls_that_do_not_fit_are_refused(change, message):
-    given = {"backend": "auto", "heads": 4, "q_len": 10, "width": 8, "dropout": 0.0, **change}
-    q = torch.zeros(1, given["heads"], given["q_len"], given["width"])
+    given = {
+        "backend": "auto",
+        "heads": 4,
+        "q_len": 10,
+        "width": 8,
+        "dropout": 0.0,
+        "softcap": None,
+        **change,
+    }
+    q = torch.zeros(1, given["heads"], given["q_len"], given["width"], dtype=given.get("dtype"))
     k = v = torch.zeros(1, 2, 10, 8)
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        attend(q, k, v, Call(Full(), dropout=given["dropout"]), backend=given["backend"])
+        attend(
+            q,
+            k,
+            v,
+            Call(Full(), dropout=given["dropout"], softcap=given["softcap"]),
+            backend=given["backend"],
+        )

@@ -65,7 +65,8 @@ def test_auto_leaves_out_what_cannot_run():
     window = SlidingWindow(128)
     assert pick(window, CUDA, BF16, 4096, dropout=0.1) == ("torch", "tiled")
     assert pick(window, CUDA, BF16, 4096, softcap=30.0) == ("flex", "flex_attention")
-    assert pick(window, CUDA, BF16, 4096, head_size=512) == ("flex", "flex_attention")
+    assert pick(window, CUDA, FP32, 4096, head_size=256) == ("flex", "flex_attention")
+    assert pick(window, CUDA, BF16, 4096, head_size=512) == ("torch", "tiled")
 
 
 def test_auto_without_triton_or_on_an_old_device(monkeypatch):

@@ -1,11 +1,20 @@
-"""Every registered pattern on a CUDA device, against a float64 reference on the CPU; `make gpu` runs them."""
+"""The backends on a CUDA device, against a float64 reference on the CPU; `make gpu-tests` runs them.
+
+The most important tests stand first, and those that compile kernels share few of them: one length, one number of
+heads, one head size. GPU_TEST_MINUTES, where it is set, is the time after which no further test begins; what is left is
+skipped and says so. At the end stands how many kernels were compiled, and the seconds that took.
+"""
+
+import os
+import time
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from benchmarks.timing import compiled
 from hf_sparse import Pattern, available_patterns, get_pattern
-from hf_sparse.backends import BACKENDS, Call, attend
+from hf_sparse.backends import Call, attend
 from hf_sparse.plan import Constraint
 
 from .cases import PATTERNS, SHAPES, Shape, call_of, oracle, run, segments, tensors, truth, written_mask
@@ -15,33 +24,51 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     # Compilers of the many torch versions that GPU machines have warn about themselves.
     pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("while_time_is_left", "compiled_kernels"),
 ]
 
-EXPLICIT = tuple(backend for backend in BACKENDS if backend not in ("auto", "reference"))
-NAMES = ("out", "dq", "dk", "dv")
-# Options that leave something out in a few hundred tokens; a pattern without an entry is tested with its defaults.
+STARTED = time.monotonic()
+READY = ("cuda_flash", "torch")  # backends that compile nothing
+OUTPUTS = ("out", "dq", "dk", "dv")
+# Options that leave something out in a few hundred tokens, the most wanted patterns first.
 SMALL = {
-    "sliding_window": {"window": 37},
-    "dilated_window": {"window": 9, "dilation": 4},
-    "strided": {"stride": 5},
-    "block_local": {"block": 32},
+    "sliding_window": {"window": 137},
+    "streaming_llm": {"sinks": 4, "window": 130},
+    "longformer": {"window": 124, "global_tokens": (0, 7, 40)},
+    "sparse_transformer_strided": {"stride": 64},
+    "sparse_transformer_fixed": {"block": 64, "summary": 8},
+    "bigbird": {"block": 64},
+    "dilated_window": {"window": 30, "dilation": 4},
+    "block_local": {"block": 64},
     "global_tokens": {"positions": (0, 7, 40)},
-    "random": {"keys_per_query": 8},
-    "atrous": {"stride": 8},
-    "atrous_local": {"stride": 8},
-    "sparse_transformer_strided": {"stride": 16},
-    "sparse_transformer_fixed": {"block": 16, "summary": 2},
-    "longformer": {"window": 24, "global_tokens": (0, 7, 40)},
-    "bigbird": {"block": 16},
-    "streaming_llm": {"sinks": 2, "window": 30},
-    "grouped_heads": {"window": 32, "adaptive_window": False},
-    "multi_scale": {"window": 8, "scales": 3},
-    "shifted": {"group": 32},
+    "strided": {"stride": 16},
+    "atrous": {"stride": 16},
+    "atrous_local": {"stride": 16},
+    "multi_scale": {"window": 32, "scales": 3},
+    "shifted": {"group": 128},
+    "grouped_heads": {"window": 64, "adaptive_window": False},
+    "random": {"keys_per_query": 16},
 }
+NAMES = (*SMALL, *(name for name in available_patterns() if name not in SMALL))
+SHAPE = Shape(4, 2, 700, 700, width=64, v_width=64, batch=1)  # six blocks of FlexAttention's masks
 
 
-def pattern_of(name: str, options: dict, length: int) -> Pattern:
-    return get_pattern(name, **options).resolve(length)
+@pytest.fixture
+def while_time_is_left():
+    minutes = os.environ.get("GPU_TEST_MINUTES")
+    if minutes and time.monotonic() - STARTED > 60 * float(minutes):
+        pytest.skip(f"GPU_TEST_MINUTES={minutes} are over")
+
+
+@pytest.fixture(scope="module")
+def compiled_kernels(request):
+    yield
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    terminal.write_line(f"\n{compiled()}")
+
+
+def pattern_of(name: str, length: int) -> Pattern:
+    return get_pattern(name, **SMALL.get(name, {})).resolve(length)
 
 
 def attention(backend: str, given, call: Call, batch=None):
@@ -54,8 +81,9 @@ def attention(backend: str, given, call: Call, batch=None):
         pytest.skip(f"{backend}: {error}")
 
 
-def check_half(backend: str, pattern: Pattern, causal: bool, kind: str, shape: Shape) -> None:
+def check_half(backend: str, name: str, causal: bool = True, kind: str = "plain", shape: Shape = SHAPE):
     """Errors are at most 2x those of plain attention in bfloat16, 3x for gradients."""
+    pattern = pattern_of(name, shape.k_len)
     batch, labels = segments(kind, shape)
     given = [x.detach().cuda().requires_grad_() for x in tensors(shape, torch.bfloat16)]
     got = attention(backend, given, Call(pattern, Constraint(causal)), batch)
@@ -63,46 +91,47 @@ def check_half(backend: str, pattern: Pattern, causal: bool, kind: str, shape: S
     q, k, v, grad = given
     plain = oracle(q, k, v, written_mask(pattern, causal, labels, shape).cuda())
     naive = (plain.detach(), *torch.autograd.grad(plain, (q, k, v), grad))
-    for what, g, n, w, factor in zip(NAMES, got, naive, want, (2, 3, 3, 3), strict=True):
+    for what, g, n, w, factor in zip(OUTPUTS, got, naive, want, (2, 3, 3, 3), strict=True):
         assert g.dtype == torch.bfloat16
         error, allowed = (g.double().cpu() - w).abs().max(), factor * (n.double().cpu() - w).abs().max()
         assert error <= allowed, f"{what}: {error:.3g} > {allowed:.3g}"
 
 
-@pytest.mark.parametrize("backend", EXPLICIT)
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-sides"])
-@pytest.mark.parametrize("name", available_patterns())
-def test_small_options_in_half_precision(name, causal, backend):
-    """Heads share keys; the batch has a left-padded row."""
-    shape = Shape(4, 2, 300, 300, width=32, v_width=32)
-    check_half(backend, pattern_of(name, SMALL.get(name, {}), 300), causal, "left", shape)
+@pytest.mark.parametrize("backend", READY)
+@pytest.mark.parametrize("name", NAMES)
+def test_causal(name, backend):
+    """Query heads share keys."""
+    check_half(backend, name)
 
 
-@pytest.mark.parametrize("backend", EXPLICIT)
-@pytest.mark.parametrize("name", available_patterns())
-def test_default_options_in_half_precision(name, backend):
-    shape = Shape(4, 4, 1100, 1100, width=64, v_width=64, batch=1)
-    check_half(backend, pattern_of(name, {}, 1100), True, "plain", shape)
+@pytest.mark.parametrize("name", NAMES)
+def test_causal_flex(name):
+    check_half("flex", name)
 
 
-@pytest.mark.parametrize("backend", EXPLICIT)
-@pytest.mark.parametrize("name", available_patterns())
+@pytest.mark.parametrize("backend", READY)
+@pytest.mark.parametrize("name", NAMES)
+def test_both_sides(name, backend):
+    check_half(backend, name, causal=False)
+
+
+@pytest.mark.parametrize("backend", READY)
+@pytest.mark.parametrize("name", NAMES)
+def test_left_padding(name, backend):
+    check_half(backend, name, kind="left", shape=Shape(4, 2, 300, 300, width=32, v_width=32))
+
+
+@pytest.mark.parametrize("backend", READY)
+@pytest.mark.parametrize("name", NAMES)
 def test_decode_step(name, backend):
-    shape = Shape(4, 2, 1, 300, width=32, v_width=32)
-    check_half(backend, pattern_of(name, SMALL.get(name, {}), 300), True, "left", shape)
+    check_half(backend, name, kind="left", shape=Shape(4, 2, 1, 300, width=32, v_width=32))
 
 
-@pytest.mark.parametrize("kind", ["plain", "left", "packed-padded", "empty-row"])
-@pytest.mark.parametrize("name", PATTERNS)
-def test_output_and_gradients_in_double_precision(name, kind):
-    for shape in SHAPES.values():
-        batch, labels = segments(kind, shape)
-        given = [x.detach().cuda().requires_grad_() for x in tensors(shape)]
-        for causal in (True, False):
-            got, _ = run("torch", given, call_of(name, causal), batch)
-            want = truth([x.cpu() for x in given], PATTERNS[name][0], causal, labels, shape)
-            for g, w in zip(got, want, strict=True):
-                assert_close(g.cpu(), w, atol=1e-11, rtol=1e-11)  # other order of summation than on the CPU
+@pytest.mark.parametrize("backend", READY)
+@pytest.mark.parametrize("name", ["sliding_window", "streaming_llm", "strided", "bigbird"])
+def test_odd_head_sizes_and_chunked_prefill(name, backend):
+    check_half(backend, name, shape=Shape(4, 2, 300, 300, width=20, v_width=12))
+    check_half(backend, name, shape=Shape(4, 1, 90, 300, width=64, v_width=64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -114,13 +143,34 @@ def test_auto_in_half_precision(dtype):
         assert (attend(q, k, v, call_of(name)).double() - want).abs().max() < 0.05  # 8 bits of values up to 4
 
 
-@pytest.mark.parametrize("backend", EXPLICIT)
-@pytest.mark.parametrize("name", [name for name in available_patterns() if name != "full"])
+@pytest.mark.parametrize("name", ["sliding_window", "streaming_llm", "sparse_transformer_strided"])
+def test_lengths_share_kernels(name):
+    """20 lengths that are padded alike compile what one of them does; seen again, nothing."""
+    from hf_sparse.backends.flex.kernel import padded_length
+
+    def made(lengths) -> int:
+        before = compiled().kernels
+        for n in lengths:
+            q, k, v = (torch.randn(1, 2, n, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+            attend(q, k, v, Call(pattern_of(name, n)), backend="flex")
+        return compiled().kernels - before
+
+    lengths = range(1100, 1500, 20)
+    assert len(lengths) == 20 and len({padded_length(n) for n in lengths}) == 1
+    assert made(lengths) <= 1
+    assert made([*lengths, *(n + 7 for n in lengths)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, backend) for backend in READY for name in NAMES if name not in ("full", "layered")]
+    + [("sliding_window", "flex"), ("bigbird", "flex")],
+)
 def test_memory_grows_with_the_length_only(name, backend):
     n, width = 16384, 64
     shape = Shape(2, 1, n, n, width=width, v_width=width, batch=1)
     given = [x.detach().cuda().requires_grad_() for x in tensors(shape, torch.bfloat16)]
-    call = Call(pattern_of(name, {}, n))
+    call = Call(get_pattern(name).resolve(n))
     attention(backend, given, call)  # plans are built and kernels compiled
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -129,26 +179,24 @@ def test_memory_grows_with_the_length_only(name, backend):
     assert torch.cuda.max_memory_allocated() - before < n * n // 2  # half a byte per pair; inputs are 12 MiB
 
 
-@pytest.mark.skipif("flex" not in EXPLICIT, reason="there is no flex backend")
-@pytest.mark.parametrize("name", ["sliding_window", "streaming_llm", "sparse_transformer_strided"])
-def test_lengths_share_kernels(name):
-    """20 lengths compile one kernel for each length they are padded to; seen again, none."""
-    from torch._dynamo.utils import counters
+@pytest.mark.parametrize("name", PATTERNS)
+def test_output_and_gradients_in_double_precision(name):
+    for shape, kind in (("gqa", "left"), ("dv-wider", "empty-row"), ("chunked-prefill", "packed-padded")):
+        batch, labels = segments(kind, SHAPES[shape])
+        given = [x.detach().cuda().requires_grad_() for x in tensors(SHAPES[shape])]
+        for causal in (True, False):
+            got, _ = run("torch", given, call_of(name, causal), batch)
+            want = truth([x.cpu() for x in given], PATTERNS[name][0], causal, labels, SHAPES[shape])
+            for g, w in zip(got, want, strict=True):
+                assert_close(g.cpu(), w, atol=1e-11, rtol=1e-11)  # other order of summation than on the CPU
 
-    from hf_sparse.backends.flex.kernel import padded_length
 
-    def compiled(lengths) -> int:
-        before = counters["stats"]["unique_graphs"]
-        for n in lengths:
-            q, k, v = (torch.randn(1, 2, n, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-            attend(q, k, v, Call(get_pattern(name)), backend="flex")
-        return counters["stats"]["unique_graphs"] - before
+@pytest.mark.parametrize("name", ["longformer", "sparse_transformer_fixed", "bigbird"])
+def test_both_sides_flex(name):
+    check_half("flex", name, causal=False)
 
-    lengths = range(1000, 8000, 350)
-    assert len(lengths) == 20
-    first = compiled(lengths)
-    assert (
-        0 < first <= 2 * len({padded_length(n) for n in lengths})
-    )  # rows and keys of a stride pad differently
-    assert compiled(lengths) == 0
-    assert compiled([n + 13 for n in lengths if padded_length(n + 13) == padded_length(n)]) == 0
+
+@pytest.mark.parametrize("name", ["sliding_window", "strided", "bigbird"])
+def test_left_padding_and_decode_step_flex(name):
+    check_half("flex", name, kind="left", shape=Shape(4, 2, 300, 300, width=64, v_width=64))
+    check_half("flex", name, shape=Shape(4, 2, 1, 300, width=64, v_width=64, batch=1))

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from hf_sparse import Full, Longformer, SlidingWindow, StreamingLLM, Strided
 from hf_sparse.backends import Call, attend
 from hf_sparse.backends.call import Inputs
-from hf_sparse.backends.cuda_flash import attention, unsupported
+from hf_sparse.backends.cuda_flash import attention, kernel, unsupported
 from hf_sparse.backends.cuda_flash.bands import bands_of
 from hf_sparse.patterns import get_pattern
 from hf_sparse.plan import Constraint, make_plan
@@ -56,6 +56,68 @@ def test_output_and_gradients_are_those_of_the_written_mask(name, causal):
                     g, w, atol=1e-11, rtol=1e-11, msg=lambda m, w=what, s=shape_name: f"{s} {w}: {m}"
                 )
             assert (record.backend, record.operator) == ("cuda_flash", "flash_attention")
+
+
+@pytest.mark.parametrize("name", BANDED)
+def test_the_operators_get_what_they_demand(name, monkeypatch):
+    """Head sizes, strides and the marks of empty rows, on the operators' own interface."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", doubles.aten_flash_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", doubles.aten_flash_backward)
+    monkeypatch.setattr("hf_sparse.backends.cuda_flash.unsupported", lambda *_: [])
+    shapes = [Shape(4, 2, 97, 97, width=12, v_width=9), Shape(4, 2, 60, 131), Shape(4, 1, 1, 90, width=16)]
+    for shape in shapes:
+        for causal, kind in ((True, "plain"), (False, "left"), (True, "empty-row")):
+            batch, labels = segments(kind, shape)
+            given = tensors(shape)
+            got, _ = run("cuda_flash", given, Call(BANDED[name], Constraint(causal)), batch)
+            for g, w in zip(got, truth(given, BANDED[name], causal, labels, shape), strict=True):
+                assert_close(g, w, atol=1e-11, rtol=1e-11)
+    given = tensors(shapes[0], torch.bfloat16)  # log-sum-exp and sums stay in float32 between the calls
+    got, _ = run("cuda_flash", given, Call(BANDED[name]))
+    want = truth(given, BANDED[name], True, torch.zeros(2, 97), shapes[0])
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == torch.bfloat16
+        assert_close(g.double(), w, atol=0.06, rtol=0.02)  # 8 bits of gradients up to 8
+
+
+def test_rows_without_keys_give_nothing_and_take_no_gradient(monkeypatch):
+    """More queries than keys: the first rows of a causal band are empty, +inf for the operators and -inf here."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", doubles.aten_flash_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", doubles.aten_flash_backward)
+    q, k, v = (torch.randn(1, n, 2, 8, dtype=torch.float64) for n in (9, 6, 6))
+    out, lse = kernel.flash_forward(q, k, v, left=-1, right=0, scale=0.3)
+    assert (lse[:, :, :3] == float("-inf")).all() and lse[:, :, 3:].isfinite().all()
+    grads = kernel.flash_backward(torch.ones_like(q), q, k, v, out, lse, left=-1, right=0, scale=0.3)
+    assert (
+        all(grad.isfinite().all() for grad in grads) and not grads[0][:, :3].any() and grads[0][:, 4:].all()
+    )
+
+
+def test_inputs_that_the_kernels_cannot_read_are_copied(monkeypatch):
+    """Channels that do not lie side by side, and rows that do not begin at a multiple of 16 bytes."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", doubles.aten_flash_forward)
+    monkeypatch.setattr("hf_sparse.backends.cuda_flash.unsupported", lambda *_: [])
+    q, k, v, _ = (x.detach() for x in tensors(Shape(2, 2, 50, 50, width=16, v_width=16)))
+    apart = q.transpose(2, 3).contiguous().transpose(2, 3)
+    shifted = torch.cat([k.new_zeros(2, 2, 50, 3), k], 3)[..., 3:]
+    call = Call(SlidingWindow(9))
+    got = attend(apart, shifted, v, call, backend="cuda_flash")
+    assert_close(got, attend(q, k, v, call, backend="reference"), atol=1e-12, rtol=1e-12)
+
+
+def test_a_band_of_all_queries_is_not_copied(monkeypatch):
+    made = []
+
+    def forward(query, key, value, **options):
+        out, lse = doubles.flash_forward(query, key, value, **options)
+        made.append(out.contiguous())
+        return made[-1], lse
+
+    monkeypatch.setattr(attention, "flash_forward", forward)
+    monkeypatch.setattr("hf_sparse.backends.cuda_flash.unsupported", lambda *_: [])
+    q, k, v, _ = (x.detach() for x in tensors(Shape(2, 2, 50, 50)))
+    out = attend(q, k, v, Call(SlidingWindow(9)), backend="cuda_flash")
+    assert out.data_ptr() == made[0].data_ptr()
 
 
 @pytest.mark.parametrize("name", BANDED)

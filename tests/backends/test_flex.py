@@ -179,11 +179,11 @@ def test_tables_are_as_wide_as_the_longest_row_and_made_without_a_loop_over_bloc
     plan = make_plan(SlidingWindow(window=512), Constraint(), 131_072, 131_072, heads=8)
     (order,) = orders_of(plan, plan.groups[0]).merged
     tables = block_tables(order, 1024, 1024, torch.device("meta"), gradients=False)
-    assert (tables.partial.index.shape, tables.full.index.shape) == ((1, 1, 1024, 2), (1, 1, 1024, 4))
+    assert (tables.partial.index.shape, tables.full.index.shape) == ((1, 1, 1024, 8), (1, 1, 1024, 8))
     tables = block_tables(order, 1024, 1024, torch.device("cpu"), gradients=True)
     assert tables.partial.count[0, 0, 4:].unique().tolist() == [2]  # the diagonal, and the window's far end
     assert tables.full.count[0, 0, 4:].unique().tolist() == [3]
-    assert (tables.partial_rows.index.shape[3], tables.full_rows.index.shape[3]) == (2, 4)
+    assert (tables.partial_rows.index.shape[3], tables.full_rows.index.shape[3]) == (8, 8)
 
 
 def test_tables_need_no_values_from_the_device():

@@ -174,3 +174,16 @@ def test_a_model_trains_sparse_from_scratch_by_name():
     mask = GroupedHeads().mask(320, heads=6)
     assert recorder.density == pytest.approx(float(mask.sum() / (6 * Full().mask(320).sum())))
     assert recorder.density < 0.6 and len(recorder.calls) == 10
+
+
+def test_describe_cuts_long_lists_and_says_small_densities():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=20, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    hf_sparse.patch_model(model, PerLayer(tuple(SlidingWindow(2 + i) for i in range(20))))
+    text = hf_sparse.describe(model, seq_len=100_000)
+    assert "5: sliding_window(window=7), ... 19: sliding_window(window=21))" in text and "6: sl" not in text
+    assert "density 0.00023 in the sparse layers" in text
+    hf_sparse.patch_model(model, hf_sparse.GlobalTokens((), token_ids=tuple(range(30))))
+    assert "the tokens (0, 1, 2, 3, 4, 5, ... 29: 30 in all) of the input" in hf_sparse.describe(model)

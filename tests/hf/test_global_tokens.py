@@ -277,3 +277,14 @@ def test_describe_mentions_globals_of_a_call():
     model = hf_sparse.patch_model(tiny("llama"), SlidingWindow(3) | GlobalTokens((0,), token_ids=(7,)))
     text = hf_sparse.describe(model)
     assert "each call's global_attention_mask, and the tokens (7,) of the input" in text
+
+
+def test_another_attention_set_in_our_place_runs_and_refuses_them():
+    ids = tokens(2, 12)
+    model = longformer("llama")
+    model.set_attn_implementation("eager")
+    assert torch.equal(logits(model, ids), logits(tiny("llama", "eager"), ids))
+    with pytest.raises(ValueError, match="'eager' attention is set, which has no use for it"):
+        model(ids, global_attention_mask=torch.zeros_like(ids))
+    model.set_attn_implementation("sparse_longformer")
+    assert torch.equal(logits(model, ids), logits(longformer("llama"), ids))

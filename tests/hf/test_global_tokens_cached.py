@@ -1,6 +1,7 @@
 """The global tokens of earlier calls are remembered with the cache: in generation, by beams, in chunks."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -114,3 +115,36 @@ def test_what_a_cache_cannot_know_is_refused():
         words(inputs_embeds=words.get_input_embeddings()(ids))
     with pytest.raises(ValueError, match="covers 5 tokens but the prompt has 12"):
         words.generate(ids, global_attention_mask=torch.ones(1, 5), **GREEDY)
+
+
+def test_a_pickled_model_and_a_pickled_cache_keep_their_globals():
+    ids = tokens(2, 14)
+    chosen = torch.zeros_like(ids)
+    chosen[0, 2] = chosen[1, 9] = 1
+    model = longformer("llama")
+    again = pickle.loads(pickle.dumps(model))
+    given = {"global_attention_mask": chosen, **GREEDY}
+    expected = model.generate(ids, **given)
+    assert torch.equal(again.generate(ids, **given), expected)
+    assert again.prepare_inputs_for_generation.model is again
+    assert not torch.equal(model.generate(ids, **GREEDY), expected)
+    hf_sparse.unpatch_model(again)
+    assert "prepare_inputs_for_generation" not in vars(again)
+    cache, last = DynamicCache(config=model.config), {"global_attention_mask": chosen}
+    logits(model, ids[:, :11], past_key_values=cache, global_attention_mask=chosen[:, :11])
+    stored = pickle.loads(pickle.dumps(cache))
+    wanted = logits(model, ids[:, 11:], past_key_values=cache, **last)
+    assert torch.equal(logits(model, ids[:, 11:], past_key_values=stored, **last), wanted)
+    stored.batch_select_indices(torch.tensor([1]))
+    assert stored.global_flags.shape == (1, 14)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generation_from_embeddings_is_that_from_tokens(name):
+    ids = tokens(2, 12)
+    chosen = torch.zeros_like(ids)
+    chosen[0, 2] = chosen[1, 6] = 1
+    model = longformer(name)
+    embeds = model.get_input_embeddings()(ids)
+    expected = model.generate(ids, global_attention_mask=chosen, **GREEDY)[:, 12:]
+    assert torch.equal(model.generate(inputs_embeds=embeds, global_attention_mask=chosen, **GREEDY), expected)

@@ -1,5 +1,8 @@
 """What cannot be patched says so in one sentence and stays as it was."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -7,6 +10,7 @@ from tiny_models import logits, tiny, tokens
 
 import hf_sparse
 from hf_sparse.hf import settings
+from hf_sparse.patterns.registry import forget_patterns
 
 # class, options: architectures whose attention does not go through transformers' interface, or not honestly
 _SMALL = {
@@ -175,3 +179,39 @@ def test_an_unregistered_pattern_is_refused():
 
     with pytest.raises(ValueError, match=r"Mine has no name of its own .* @hf_sparse\.register_pattern"):
         hf_sparse.patch_model(tiny("llama"), Mine(4))
+
+
+@pytest.fixture
+def listing():
+    """A registered pattern whose option may be anything."""
+
+    @hf_sparse.register_pattern("listing")
+    @dataclass(frozen=True)
+    class Listing(hf_sparse.Pattern):
+        places: Any = None
+
+        def allows(self, context, head, query, key):
+            return query - key < 3
+
+    yield Listing
+    forget_patterns(["listing"])
+
+
+def test_options_that_cannot_be_kept_or_found_are_refused_when_patching(listing):
+    model = tiny("llama")
+    with pytest.raises(ValueError, match=r"listing\(places=\[3\]\) cannot be hashed .*into tuples"):
+        hf_sparse.patch_model(model, listing([3]))
+    with pytest.raises(ValueError, match="cannot be hashed"):
+        hf_sparse.SlidingWindow(3) | listing([3])
+    with pytest.raises(ValueError, match=r"is not plain JSON .*make every option a number, a word"):
+        hf_sparse.patch_model(model, listing(torch.ones(2)))
+    with pytest.raises(ValueError, match="are not the same after being saved as JSON"):
+        hf_sparse.patch_model(model, listing(float("nan")))
+    with pytest.raises(ValueError, match="token_ids holds 64, and the vocabulary of the model ends at 63"):
+        hf_sparse.patch_model(model, "global_tokens", token_ids=(5, 64))
+    with pytest.raises(ValueError, match="which pattern='layered' does, and 'strided' is named besides"):
+        hf_sparse.patch_model(model, "strided", layers={0: "full"})
+    with pytest.raises(ValueError, match=f"seed must be at most {2**63 - 1}, got {2**63}$"):
+        hf_sparse.patch_model(model, "bigbird", seed=2**63)
+    assert hf_sparse.describe(model) == "LlamaForCausalLM: dense attention ('sdpa')"
+    hf_sparse.patch_model(model, "bigbird", seed=2**63 - 1)

@@ -18,7 +18,7 @@ from hf_sparse import (
 )
 from hf_sparse import get_pattern as pattern_named
 from hf_sparse.patterns import check_predicate
-from hf_sparse.patterns.parts import Bound, Every, Part, window_part
+from hf_sparse.patterns.parts import Bound, Every, Listed, Part, window_part
 
 
 def made(allows, parts=None):
@@ -90,8 +90,8 @@ def test_predicates_may_return_any_shape_that_broadcasts(allows):
         (lambda c, h, q, k: (q >= k).expand(5, -1, -1), "mine returns shape [5, 70, 70] from allows"),
         (
             lambda c, h, q, k: k > k.max() - 30,
-            "mine answers True for query 0 and key 0 when asked about 16 x 16 positions, and False among 70; allows "
-            "must look at each pair alone, not at shapes, maxima or other positions",
+            "mine answers True for query 0 and key 0 when asked about 16 x 16 positions, and False among 70 x 70; "
+            "allows must look at each pair alone, not at shapes, maxima or other positions",
         ),
         (
             lambda c, h, q, k: k > k.shape[-1] - 9,
@@ -157,3 +157,78 @@ def test_what_depends_on_the_direction_is_found_before_a_model_runs():
     check_predicate(BigBird(window_blocks=2), 2, True)
     with pytest.raises(ValueError, match="window_blocks must be odd in a bidirectional model"):
         check_predicate(BigBird(window_blocks=2), 2, False)
+
+
+@pytest.mark.parametrize(
+    ("allows", "message"),
+    [
+        (lambda c, h, q, k: (q - k < 3) | ((k < 9) & (k.max() > 500)), "among 8 x 8; allows must look"),
+        (
+            lambda c, h, q, k: (q - k < 3) if int(q.max()) < 100 else (q - k < 5),
+            "among 8 x 8; allows must look",
+        ),
+        (
+            lambda c, h, q, k: q - k < 3 + (c.layer or 0),
+            "context.layer without saying so; set per_layer = True",
+        ),
+        (
+            lambda c, h, q, k: torch.isin(k, torch.tensor(c.chosen, dtype=torch.long)),
+            "context.chosen without saying so; set takes_globals = True",
+        ),
+        (lambda c, h, q, k: q - k < c.length, "context.length is None in causal models"),
+        (lambda c, h, q, k: q - k < (1, 2, 3)[len(h)], "check the length of its lists, 4 heads"),
+    ],
+)
+def test_what_is_seen_only_far_away_or_without_being_declared_is_refused(allows, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_predicate(made(allows), 4, True)
+
+
+def test_an_answer_that_changes_with_the_number_of_calls_is_refused():
+    calls = []
+
+    def allows(context, head, query, key):
+        calls.append(1)
+        return query - key < 2 + len(calls) // 5
+
+    with pytest.raises(ValueError, match="give the same answer every time"):
+        check_predicate(made(allows), 2, True)
+
+
+def test_every_layer_of_a_users_pattern_is_tried():
+    @dataclass(frozen=True)
+    class ByLayer(Pattern):
+        windows: tuple[int, ...] = (2, 3, 4)
+        per_layer = True
+
+        def allows(self, context, head, query, key):
+            return query - key < self.windows[context.layer]
+
+    check_predicate(ByLayer(), 2, True, layers=3)
+    with pytest.raises(ValueError, match="check the length of its lists, 2 heads and layer 3 are asked for"):
+        check_predicate(ByLayer(), 2, True, layers=4)
+
+
+def test_a_table_of_some_positions_is_no_mistake():
+    table = torch.arange(128) % 7 == 0
+    check_predicate(made(lambda c, h, q, k: table[k] & (q >= 0)), 2, True)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ("every key", "returns 'every key' from parts; return a list of Part, or None"),
+        ((part for part in [window_part(3)]), "from parts; return a list of Part, or None"),
+        ([Part("every key")], "whose keys are none of those in hf_sparse.patterns.parts"),
+        ([window_part(3), Part(Listed((5, 2)))], "whose positions do not increase"),
+        ([window_part(3), Part(Every(), stop=Bound(mul=-1))], "whose bounds decrease"),
+        (
+            [window_part(3), Part(Every(), stop=Bound(3), queries=Listed((1,)))],
+            "whose queries do not see every key",
+        ),
+        ([Part(Every(), heads=(9,))], "whose heads are not ascending numbers below 3"),
+    ],
+)
+def test_parts_that_no_plan_can_read_are_refused(parts, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_predicate(made(lambda c, h, q, k: q - k < 3, parts), 3, True)

@@ -1,6 +1,9 @@
 """Random draws are the same everywhere, distinct, fair, and independent of what else is drawn along with them."""
 
 import hashlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -150,3 +153,26 @@ def test_bigbirds_draw_can_be_replaced():
     mask = Other(block=2, window_blocks=1, global_blocks=0, random_blocks=1).mask(16, causal=False)[0]
     own = torch.arange(16) // 2
     assert torch.equal(mask, (own[:, None] == own) | (own == 3))
+
+
+def test_other_processes_with_other_thread_counts_draw_the_same():
+    """What attention uses at a length where threads divide the work: the blocks of 20,000 tokens."""
+    code = (
+        "import hashlib, torch\n"
+        "from hf_sparse.patterns.sampling import BlockDraw\n"
+        "picks = BlockDraw(seed=7, layer=2, most=8)(torch.arange(8), torch.arange(20000))\n"
+        "print(torch.get_num_threads(), hashlib.sha256(picks.contiguous().numpy().tobytes()).hexdigest())"
+    )
+    picks = BlockDraw(seed=7, layer=2, most=8)(torch.arange(8), torch.arange(20000))
+    here = hashlib.sha256(picks.contiguous().numpy().tobytes()).hexdigest()
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for threads in ("1", "2")
+    ]
+    answers = [process.communicate(timeout=60)[0].split() for process in running]
+    assert answers[0] == ["1", here] and answers[1][1] == here

@@ -74,6 +74,8 @@ def test_what_was_never_written_is_refused(saved):
     [
         ({"name": "ful"}, "unknown pattern 'ful'. Did you mean 'full'?"),
         ({"name": "full", "options": [1]}, "the options of the saved pattern 'full' must be a dict, got [1]"),
+        ({"name": "full", "options": []}, "the options of the saved pattern 'full' must be a dict, got []"),
+        ({"name": "mine"}, "known after hf_sparse.load_plugin('FILE.py')"),
         ({"union": [{"name": "strided", "options": {"stride": 0}}]}, "stride must be >= 1, got 0"),
         ({"name": "layered", "options": {"pattern": {"name": "ful"}}}, "unknown pattern 'ful'"),
     ],

@@ -3,15 +3,16 @@
 import re
 import sys
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparse import Full, Longformer, SlidingWindow, StreamingLLM, Strided
+from hf_sparse import Full, Longformer, PerHead, SlidingWindow, StreamingLLM, Strided
 from hf_sparse.patterns.base import Pattern
 from hf_sparse.plan import Constraint, Segments, cost, make_plan
+
+from .holding import check
 
 PATTERNS = [
     Full(),
@@ -36,66 +37,6 @@ CONSTRAINTS = [
     Constraint(causal=False, window=4),
     Constraint(chunk=5),
 ]
-
-
-def times_held(plan) -> np.ndarray:
-    """Return how often each pair [H, Q, K] is held by the pieces and tiles, counted one by one."""
-    held = np.zeros((plan.heads, plan.q_len, plan.k_len), dtype=int)
-    assert sorted(head for group in plan.groups for head in group.heads) == list(range(plan.heads))
-    for group in plan.groups:
-        heads = list(group.heads)
-        for piece in group.pieces:
-            lo, hi = piece.bounds()
-            assert (lo >= 0).all() and (hi <= piece.keys.count).all()
-            assert (np.diff(lo[hi > lo]) >= 0).all() and (np.diff(hi[hi > lo]) >= 0).all()
-            queries = piece.queries.at(np.arange(piece.queries.count))
-            keys = piece.keys.at(np.arange(piece.keys.count))
-            for member in range(piece.repeat):
-                skipped = piece.skipped_rows(member) if piece.repeat > 1 else ()
-                for t, query in enumerate(queries):
-                    if t not in skipped:
-                        seen = np.zeros(plan.k_len, dtype=int)
-                        seen[keys[lo[t] : hi[t]] + member] = 1
-                        held[heads, query + member] += seen
-        for tiles in group.tiles:
-            assert tiles.heads == group.heads
-            for block in range(tiles.q_blocks):
-                start, stop = tiles.rows(block, block + 1)
-                keys, allowed = tiles.check(block, block + 1)
-                rows = (
-                    torch.arange(start, stop)
-                    + plan.first
-                    + plan.k_len
-                    - plan.q_len
-                    - (tiles.first_block + block) * tiles.query_block
-                )
-                for number, head in enumerate(heads):
-                    listed = tiles.lists[min(number, len(tiles.lists) - 1), block]
-                    assert len(set(listed[listed >= 0])) == (listed >= 0).sum()
-                    pairs = allowed[number, 0, rows]
-                    for column, key in enumerate(keys[min(number, len(keys) - 1), 0].tolist()):
-                        held[head, start:stop, key] += pairs[:, column].numpy()
-                    if not tiles.masked[block]:
-                        wanted = np.repeat(listed >= 0, tiles.key_block)
-                        assert (pairs.numpy() == wanted).all() and len(rows) == tiles.query_block
-    return held
-
-
-def allowed(pattern, constraint, heads, q_len, k_len, first) -> np.ndarray:
-    query = torch.arange(k_len - q_len, k_len)[None, :, None] + first
-    key = torch.arange(k_len)[None, None, :] + first
-    context = constraint.context(pattern, layer=0, heads=heads, length=first + k_len)
-    mask = constraint.allowed(pattern, context, torch.arange(heads)[:, None, None], query, key)
-    return mask.expand(heads, q_len, k_len).numpy()
-
-
-def check(pattern, constraint, q_len, k_len, first=0, heads=2):
-    plan = make_plan(pattern, constraint, q_len, k_len, heads=heads, first=first)
-    want = allowed(pattern, constraint, heads, q_len, k_len, first)
-    np.testing.assert_array_equal(times_held(plan), want.astype(int))
-    assert plan.pairs * heads == want.sum()
-    assert plan.dense_pairs == allowed(Full(), constraint, 1, q_len, k_len, first).sum()
-    return plan
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)
@@ -206,6 +147,17 @@ def test_cost_counts_causal_pairs(n, dense, window):
     assert got.density == window / dense and got.limit == dense / window
     assert got.flops == 4 * 16 * 4 * window
     assert got.kv_bytes_per_step == 2 * 16 * 2 * 2 * 128
+
+
+def test_keys_that_heads_of_a_key_head_share_are_read_once():
+    full, near = Full(), SlidingWindow(window=10)
+    for pattern, keys in [
+        (PerHead((near, near, full, full)), 10 + 100),
+        (PerHead((near, full, near, full)), 100 + 100),  # the window lies within what the other head reads
+        (PerHead((near, Strided(stride=7), near, near)), (10 + 15 - 2) + 10),
+    ]:
+        step = cost(pattern, 100, heads=4, kv_heads=2, head_dim=8, dtype_bytes=2)
+        assert step.kv_bytes_per_step == 2 * 8 * 2 * keys, pattern
 
 
 def test_cost_of_no_tokens_is_refused():

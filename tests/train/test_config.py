@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
-from hf_sparse import SlidingWindow, Strided, get_pattern
-from hf_sparse.patterns import registry
+from hf_sparse import PerHead, SlidingWindow, StreamingLLM, Strided, get_pattern
+from hf_sparse.patterns import pattern_to_json, registry
 from hf_sparse.train import AdaptationArguments, ConfigParser, SparseTrainingArguments
 
 
@@ -155,3 +157,15 @@ def test_mistakes_on_the_command_line_are_one_sentence(parser, argv, message):
 def test_impossible_training_settings_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         SparseTrainingArguments(output_dir=str(tmp_path), **settings)
+
+
+def test_a_pattern_of_heads_or_layers_comes_from_a_json_file(tmp_path):
+    file, pattern = tmp_path / "heads.json", PerHead((SlidingWindow(4), StreamingLLM(1, 3)))
+    file.write_text(json.dumps(pattern_to_json(pattern)))
+    assert AdaptationArguments(pattern=str(file)).chosen_pattern() == pattern
+    with pytest.raises(ValueError, match="pattern_options go with a named pattern"):
+        AdaptationArguments(pattern=str(file), pattern_options={"window": 3})
+    with pytest.raises(
+        ValueError, match=r"none\.json cannot be read \(No such file or directory\); check the path"
+    ):
+        AdaptationArguments(pattern=str(tmp_path / "none.json"))

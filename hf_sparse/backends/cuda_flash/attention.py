@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...plan.pieces import Lattice
 from ...plan.plan import HeadPlan, Plan
 from ..call import Call, Inputs
 from .bands import Band, bands_of
@@ -69,21 +70,30 @@ class _Bands(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bands: tuple[Band, ...], scale: float
     ) -> Tensor:
-        batch, heads, q_len, _ = query.shape
+        q_len = query.shape[2]
         ctx.bands, ctx.scale = bands, scale
         # Half precision is rounded once, after the last band.
         exact = torch.promote_types(query.dtype, torch.float32)
         dtype = exact if len(bands) > 1 else query.dtype
-        out = query.new_zeros((batch, q_len, heads, value.shape[-1]), dtype=dtype).transpose(1, 2)
-        lse = query.new_full((batch, heads, q_len), float("-inf"), dtype=exact)
-        for band in bands:
+        # A band of all queries comes first: its result is taken as it is, not written over zeros.
+        every = Lattice(0, q_len)
+        ordered = sorted(bands, key=lambda band: band.queries != every)
+        out, lse = None, None
+        for band in ordered:
             q, k, v = _folded(query, key, value, band)
             o, part = flash_forward(q, k, v, left=band.left, right=band.right, scale=scale)
+            if lse is None and band.queries == every:
+                out, lse = o.to(dtype).transpose(1, 2), part
+                continue
+            if out is None or lse is None:
+                out, lse = _empty(query, value, dtype, exact)
             if len(bands) > 1:
                 before = fold(out, band.queries, band.repeat), _rows(lse, band)
                 o, part = _merged(*before, o, part)
             write(out, band.queries, band.repeat, o)
             write(lse[..., None], band.queries, band.repeat, part.transpose(1, 2)[..., None])
+        if out is None or lse is None:
+            out, lse = _empty(query, value, dtype, exact)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         return out
@@ -103,6 +113,13 @@ class _Bands(torch.autograd.Function):
             add(dkey, band.keys, band.repeat, dk)
             add(dvalue, band.keys, band.repeat, dv)
         return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype), None, None
+
+
+def _empty(query: Tensor, value: Tensor, dtype: torch.dtype, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp of queries that see nothing: 0 and -inf."""
+    batch, heads, q_len, _ = query.shape
+    out = query.new_zeros((batch, q_len, heads, value.shape[-1]), dtype=dtype).transpose(1, 2)
+    return out, query.new_full((batch, heads, q_len), float("-inf"), dtype=exact)
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, band: Band) -> tuple[Tensor, Tensor, Tensor]:

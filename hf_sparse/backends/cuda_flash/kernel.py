@@ -84,9 +84,17 @@ def flash_backward(
 
 
 def _same_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad with zeros to one head size that the operators take; zeros change neither scores nor the rest of v."""
+    """Pad with zeros to one head size that the operators take; zeros change neither scores nor the rest of v.
+
+    The kernels load 16 bytes at a time from rows whose channels lie side by side; what lies otherwise is copied.
+    """
     width = -(-max(query.shape[-1], value.shape[-1]) // _WIDTHS) * _WIDTHS
-    query, key, value = (
-        pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value)
-    )
-    return query, key, value
+
+    def fitted(x: Tensor) -> Tensor:
+        if x.shape[-1] < width:
+            return pad(x, (0, width - x.shape[-1]))
+        steps = [x.storage_offset(), *(step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1)]
+        aligned = steps.pop() == 1 and not any(step % _WIDTHS for step in steps)
+        return x if aligned else x.contiguous()
+
+    return fitted(query), fitted(key), fitted(value)

@@ -17,7 +17,7 @@ from ...plan.plan import HeadPlan, Plan
 from ..call import Call, Inputs
 from .blocks import block_tables
 from .bounds import sorted_place
-from .kernel import SMALLEST_HEAD, padded_length, run_kernel
+from .kernel import LARGEST_HEAD, SMALLEST_HEAD, padded_length, run_kernel
 from .masks import mask_of, tile_reasons
 from .orders import BLOCK, Order, orders_of
 
@@ -36,6 +36,10 @@ def unsupported(call: Call, inputs: Inputs, plans: list[Plan | None]) -> list[st
     if inputs.dtype not in _DTYPES:
         name = str(inputs.dtype).removeprefix("torch.")
         reasons.append(f"FlexAttention takes float32, float16 and bfloat16, not {name}")
+    if device == "cuda" and inputs.head_size > LARGEST_HEAD:
+        reasons.append(
+            f"head size {inputs.head_size} is above {LARGEST_HEAD}, for which the kernel's tiles are made"
+        )
     if call.dropout:
         reasons.append(f"FlexAttention has no dropout of attention weights (here {call.dropout})")
     if device == "cpu" and inputs.gradients:

@@ -17,6 +17,10 @@ from ...plan.tiles import Tiles
 from .bounds import row_bounds
 from .orders import BLOCK, Order
 
+_NARROWEST = (
+    8  # entries that every list of blocks has room for: windows up to about a thousand keys share kernels
+)
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -161,7 +165,7 @@ def _most_rows(hull: tuple[Tensor, ...], listed: list[np.ndarray], key_blocks: i
 
 def _width(entries: int, most: int) -> int:
     """Return a width for `entries` list entries: few different ones, because each is compiled once."""
-    return min(most, 1 << max(entries - 1, 0).bit_length())
+    return min(most, max(_NARROWEST, 1 << max(entries - 1, 0).bit_length()))
 
 
 def _compact(block: Tensor, keep: Tensor, width: int) -> Blocks:

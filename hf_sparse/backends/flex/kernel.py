@@ -13,6 +13,7 @@ from .orders import BLOCK
 
 # Kernels that one process may compile. Beyond it the call fails: FlexAttention's own way out would be an unfused n x n.
 MOST_KERNELS = 128
+LARGEST_HEAD = 256  # of CUDA kernels: beyond it PyTorch has no tiles that are known to fit into shared memory
 SMALLEST_HEAD = 16  # head sizes below it are padded: the matrix units take no fewer columns
 
 

@@ -42,8 +42,7 @@ def flash_backward(
     """Return this span's share of dq, dk, dv; exact when `out` and `lse` are those of all spans merged."""
     d, d_value = query.shape[-1], value.shape[-1]
     query, key, value = _same_width(query, key, value)
-    if grad.shape[-1] < value.shape[-1]:
-        grad, out = (pad(x, (0, value.shape[-1] - d_value)) for x in (grad, out))
+    grad, out = (_readable(x, value.shape[-1]) for x in (grad, out))
     dq, dk, dv = _backward(grad, query, key, value, out, lse, 0.0, causal, scale=scale)
     return dq[..., :d], dk[..., :d], dv[..., :d_value]
 
@@ -51,7 +50,11 @@ def flash_backward(
 def _same_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pad with zeros to one head size: the operator takes no other; zeros change neither scores nor the rest of v."""
     width = max(query.shape[-1], value.shape[-1])
-    if query.shape[-1] == value.shape[-1]:
-        return query, key, value
-    query, key, value = (pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
-    return query, key, value
+    return _readable(query, width), _readable(key, width), _readable(value, width)
+
+
+def _readable(x: Tensor, width: int) -> Tensor:
+    """Return x [..., D] with `width` numbers side by side: the operator takes that for granted, and reads others."""
+    if x.shape[-1] < width:
+        x = pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()

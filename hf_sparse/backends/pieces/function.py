@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...plan.plan import Plan
 from ...plan.segments import Segment, Segments
@@ -66,8 +65,11 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "the torch backend has no second derivatives, got create_graph=True; use backend='reference'"
+            )
         query, key, value, out, lse = ctx.saved_tensors
         q_len, k_len = query.shape[2], key.shape[2]
         exact = torch.promote_types(query.dtype, torch.float32)

@@ -56,7 +56,7 @@ def _attend(
         if keys.shape[2] == 0:
             return query.new_zeros((batch, heads, 1, value.shape[-1]))
         # The query heads of a key head are rows of one product.
-        rows = query.reshape(batch, key.shape[1], -1, size)
+        rows = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
         out = scaled_dot_product_attention(rows, keys, values, scale=scale)
         return out.reshape(batch, heads, 1, value.shape[-1])
     groups = heads // key.shape[1]
