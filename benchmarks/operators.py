@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from .timing import Deadline, Failure, Reading, attempt, interleaved
 # Largest error in a checked row; outputs are averages of values up to about 5, and bfloat16 keeps 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 DENSE = "dense"  # stands in the pattern column of dense attention
+
+
+_STEPS = 1024  # lengths of a decoding cache before the first comes again: more than plans are kept for
 
 
 @dataclass
@@ -61,6 +65,8 @@ def measure(unit: Unit, suite: Suite, deadline: Deadline) -> list[dict[str, Any]
         run: Any = partial(method.attention, q, k, v)
         if unit.measure == "backward":
             run = partial(_step, method.attention, q, k, v, grad)
+        if unit.measure == "decode" and not unit.graphed and (method.ours or method.pattern == DENSE):
+            run = _decoding(method.attention, q, k, v)
         if unit.graphed:
             run = attempt(partial(_captured, run))
         if isinstance(run, Failure):
@@ -128,6 +134,17 @@ def _checked(task: Task, attention: Attention, given: tuple[Tensor, Tensor, Tens
 
 def _step(attention: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> object:
     return torch.autograd.grad(attention(q, k, v), (q, k, v), grad)
+
+
+def _decoding(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """Return a call that finds one more key in the cache each time, as generation does, so that no plan is kept."""
+    lengths = cycle(range(k.shape[2] - min(_STEPS, k.shape[2] // 2) + 1, k.shape[2] + 1))
+
+    def step() -> object:
+        length = next(lengths)
+        return attention(q, k[:, :, :length], v[:, :, :length])
+
+    return step
 
 
 def _captured(run: Callable[[], object]) -> Callable[[], object]:
