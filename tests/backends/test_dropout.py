@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_sparse.backends import attend, recording
+from hf_sparse import SlidingWindow
+from hf_sparse.backends import Call, attend, recording
 from hf_sparse.backends.pieces.tiled import Tiled
 
 from .cases import PATTERNS, Shape, call_of, tensors
@@ -77,3 +78,18 @@ def test_gradient_checkpointing_draws_the_same_masks():
             out = attention_of(q, k, v)
         results.append((out.detach(), *torch.autograd.grad(out, (q, k, v), grad)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_long_runs_drop_the_same_weights_in_both_passes():
+    """Strips of a long run are cut by the memory of a pass; the masks are drawn strip by strip."""
+    shape = Shape(2, 1, 3000, 3000, width=32, v_width=32, batch=1)
+    call = Call(SlidingWindow(window=40), dropout=0.3)
+    q, k, v, grad = tensors(shape)
+    step = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1)) * 1e-6
+    values = []
+    for moved in (q, (q + step).detach(), (q - step).detach()):
+        torch.manual_seed(5)
+        values.append(attend(moved, k, v, call, backend="torch"))
+    (dq,) = torch.autograd.grad(values[0], q, grad)
+    slope = ((values[1] - values[2]) * grad).sum() / 2
+    assert_close(slope, (dq * step).sum(), rtol=1e-4, atol=1e-9)

@@ -29,8 +29,8 @@ def in_strips(run: Run) -> bool:
     return run.repeat >= _FEWEST
 
 
-def run_strips(run: Run, lists: Lists) -> Iterator[Tile]:
-    """Yield the strips of a run, always in the same order."""
+def run_strips(run: Run, lists: Lists, dropout: bool) -> Iterator[Tile]:
+    """Yield the strips of a run, always in the same order; with dropout cut alike in both passes."""
     kv_heads = lists.keys[0].shape[1]
     groups = lists.query.shape[1] // kv_heads
     exact = torch.promote_types(lists.query.dtype, torch.float32)
@@ -38,7 +38,7 @@ def run_strips(run: Run, lists: Lists) -> Iterator[Tile]:
     # A share of the inputs' bytes at most, so that the workspace stays small for short sequences too; a backward pass
     # has three buffers of this size.
     inputs = (lists.query.numel() + 2 * lists.keys[0].numel()) * lists.query.element_size()
-    share = 5 if lists.dkeys is None else 15
+    share = 5 if lists.dkeys is None and not dropout else 15
     most = min(_STRIP_SCORES, inputs // share // exact.itemsize)
     chunks = max(1, min(run.repeat, most // scores))
     for number in range(0, run.repeat, chunks):

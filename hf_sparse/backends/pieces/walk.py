@@ -16,10 +16,11 @@ from torch import Tensor
 from ...plan.plan import HeadPlan
 from ..call import Call
 from . import fused
+from .families import run_members
 from .gathered import run_gathered
 from .lists import Lists, Tensors, members
 from .runs import Run
-from .schedule import Group, Schedule, make_schedule
+from .schedule import MANY_MEMBERS, Group, Schedule, make_schedule
 from .strips import in_strips, run_strips
 from .tile import Tile
 from .tiled import Tiled
@@ -59,6 +60,10 @@ class Pass:
         for group, fused_runs, runs, writes in self._groups():
             for run in fused_runs:
                 fused.forward(run, group, tensors, self.tiled.scale, not writes)
+            if _at_once(group, runs):
+                for tile in self._of_members(group, runs, tensors):
+                    tile.forward(self.tiled, tensors.query, tensors.out, tensors.lse, want_lse, not writes)
+                continue
             for lists in members(group, tensors) if runs else ():
                 for run in runs:
                     if not run.spans:
@@ -79,6 +84,11 @@ class Pass:
         for group, fused_runs, runs, writes in self._groups():
             for run in fused_runs:
                 fused.backward(run, group, tensors, self.tiled.scale, writes)
+            if _at_once(group, runs):
+                for tile in self._of_members(group, runs, tensors):
+                    rows = tensors.grad, tensors.query, tensors.out, tensors.lse, tensors.dquery
+                    tile.backward(self.tiled, *rows, alone, writes)
+                continue
             for lists in members(group, tensors) if runs else ():
                 assert lists.grad is not None and lists.dquery is not None
                 for run in runs:
@@ -100,9 +110,14 @@ class Pass:
             others = [run for run in group.runs if run not in mine and (run.spans or writes)]
             yield group, mine, others, writes
 
+    def _of_members(self, group: Group, runs: list[Run], tensors: Tensors) -> Iterator[Tile]:
+        for run in runs:
+            assert not any(span.causal for span in run.spans)
+            yield from run_members(run, group, tensors, bool(self.tiled.dropout))
+
     def _tiles(self, run: Run, lists: Lists) -> Iterator[Tile]:
         assert not any(span.causal for span in run.spans)  # only the fused operator knows triangles
-        return run_strips(run, lists) if in_strips(run) else run_tiles(run, lists)
+        return run_strips(run, lists, bool(self.tiled.dropout)) if in_strips(run) else run_tiles(run, lists)
 
 
 def make_pass(plan: HeadPlan, first_head: int, query: Tensor, key: Tensor, call: Call, seed: int) -> Pass:
@@ -122,6 +137,11 @@ def _schedule(plan: HeadPlan, call: Call, query: Tensor, key: Tensor) -> Schedul
     groups = query.shape[1] // key.shape[1]
     rows = max(16, _CPU_ROWS // groups) if query.device.type == "cpu" else _OTHER_ROWS
     return make_schedule(plan, query.shape[2], rows, operator(call, query.device) == "flash+tiled")
+
+
+def _at_once(group: Group, runs: list[Run]) -> bool:
+    """True where the members of a family are computed together: enough of them, and rows that all see something."""
+    return group.repeat >= MANY_MEMBERS and bool(runs) and all(run.spans for run in runs)
 
 
 def _fill(run: Run, x: Tensor, value: float) -> None:
