@@ -107,7 +107,9 @@ def choose(
             f"backend={backend!r} cannot run this call: {'; '.join(reasons)}; "
             f"use backend='auto' to let hf_sparse choose"
         )
-    return Choice(backend, operator(call, inputs.device) if backend == "torch" else _OPERATORS[backend])
+    return Choice(
+        backend, operator(call, inputs.device, plans) if backend == "torch" else _OPERATORS[backend]
+    )
 
 
 def preview(call: Call, inputs: Inputs, *, heads: int, length: int, backend: str = "auto") -> Choice:

@@ -13,7 +13,7 @@ from ...plan.segments import Segment, Segments
 from ..call import Call
 from .heads import head_blocks
 from .lists import Tensors
-from .step import step_attention
+from .step import is_step, step_attention
 from .walk import Pass, make_pass, needs_merging
 
 
@@ -21,8 +21,7 @@ def torch_attention(
     query: Tensor, key: Tensor, value: Tensor, call: Call, segments: Segments, plans: list[Plan | None]
 ) -> Tensor:
     """Return the attention [B, H, Q, Dv] of one call; the tensors share one dtype."""
-    step = query.shape[2] == 1 and all(plan is None or plan.reads is not None for plan in plans)
-    if step and call.softcap is None and not call.dropout:
+    if is_step(call, plans):
         return step_attention(query, key, value, call.scale, segments, plans)
     # The host's generator, so that gradient checkpointing, which restores it, draws the same masks again.
     seed = int(torch.randint(2**62, ()).item()) if call.dropout else 0

@@ -10,7 +10,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...plan.plan import Plan
 from ...plan.segments import Segments
 from ...plan.step import Reads
+from ..call import Call
 from .heads import HeadBlock, head_blocks
+
+
+def is_step(call: Call, plans: list[Plan | None]) -> bool:
+    """True where every sequence has one query, and nothing but the keys it reads is asked for."""
+    queries = [plan for plan in plans if plan is not None]
+    one_each = bool(queries) and all(plan.reads is not None for plan in queries)
+    return one_each and call.softcap is None and not call.dropout
 
 
 def step_attention(

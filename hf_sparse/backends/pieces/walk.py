@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...plan.plan import HeadPlan
+from ...plan.plan import HeadPlan, Plan
 from ..call import Call
 from . import fused
 from .families import run_members
@@ -21,6 +21,7 @@ from .gathered import run_gathered
 from .lists import Lists, Tensors, members
 from .runs import Run
 from .schedule import MANY_MEMBERS, Group, Schedule, make_schedule
+from .step import is_step
 from .strips import in_strips, run_strips
 from .tile import Tile
 from .tiled import Tiled
@@ -32,8 +33,14 @@ _CPU_ROWS = 64
 _OTHER_ROWS = 256
 
 
-def operator(call: Call, device: torch.device) -> str:
-    """Return "flash+tiled" where the fused operator serves spans without a mask, "tiled" where tiles serve all."""
+def operator(call: Call, device: torch.device, plans: list[Plan | None] | None = None) -> str:
+    """Return what computes a call.
+
+    "step": one call over the keys that a single query reads; "flash+tiled": the fused operator serves spans without a
+    mask, tiles the others; "tiled": tiles serve all.
+    """
+    if plans is not None and is_step(call, plans):
+        return "step"
     return "flash+tiled" if device.type == "cpu" and not call.dropout and call.softcap is None else "tiled"
 
 
