@@ -61,7 +61,7 @@ gpu:
 
 # Warnings are no errors there: the versions are whatever the machine has.
 gpu-tests:
-	GPU_TEST_MINUTES=$(GPU_TEST_MINUTES) $(GPU_PYTHON) -m pytest -m gpu -W default -q tests/backends/test_cuda.py $(TEST_ARGS)
+	GPU_TEST_MINUTES=$(GPU_TEST_MINUTES) $(GPU_PYTHON) -m pytest -m gpu -W default -q tests/backends/test_cuda.py tests/hf/test_caches_cuda.py $(TEST_ARGS)
 
 # Goes on where an earlier run with the same code, machine and versions stopped; BENCH_ARGS=--no-missing begins anew.
 gpu-bench: BENCH_MINUTES ?= $(GPU_MINUTES)

@@ -1,7 +1,7 @@
 """hf_sparse: sparse attention patterns for pretrained Hugging Face models."""
 
 from .backends import recording
-from .hf import describe, load, patch_model, patched, save_adapter, unpatch_model
+from .hf import describe, load, make_cache, patch_model, patched, save_adapter, unpatch_model
 from .hf.recommend import recommended
 from .patterns import (
     Pattern,
@@ -25,6 +25,8 @@ from .patterns.layered import Layered
 from .patterns.longformer import Longformer
 from .patterns.multi_scale import MultiScale
 from .patterns.random import Random
+from .patterns.rerope import ReRoPE
+from .patterns.self_extend import SelfExtend
 from .patterns.shifted import Shifted
 from .patterns.sliding_window import SlidingWindow
 from .patterns.sparse_transformer_fixed import SparseTransformerFixed
@@ -50,6 +52,8 @@ __all__ = [
     "PerHead",
     "PerLayer",
     "Random",
+    "ReRoPE",
+    "SelfExtend",
     "Shifted",
     "SlidingWindow",
     "SparseTransformerFixed",
@@ -62,6 +66,7 @@ __all__ = [
     "get_pattern",
     "load",
     "load_plugin",
+    "make_cache",
     "patch_model",
     "patched",
     "recommended",

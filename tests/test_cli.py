@@ -319,4 +319,4 @@ def test_help_names_the_commands(capsys):
             main(arguments)
         assert leaving.value.code == 0
         assert word in capsys.readouterr().out
-    assert set(cli.COMMANDS) == {"eval", "patterns", "show"}
+    assert set(cli.COMMANDS) == {"eval", "generate", "patterns", "show"}

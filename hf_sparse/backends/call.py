@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..patterns.base import Pattern
 from ..plan.constraint import Constraint
@@ -21,6 +22,7 @@ class Call:
     softcap: scores become softcap * tanh(score / softcap) before masking.
     dropout: share of the attention weights dropped, in training.
     layer: index of the layer, for patterns that look at it.
+    near: pairs of tokens at least so far apart are scored by a query and key of their own; None has no such pairs.
     """
 
     pattern: Pattern
@@ -29,6 +31,30 @@ class Call:
     softcap: float | None = None
     dropout: float = 0.0
     layer: int = 0
+    near: int | None = None
+
+
+def check_far(query: Tensor, key: Tensor, call: Call, far: tuple[Tensor, Tensor] | None) -> None:
+    """Raise ValueError unless a call that knows far pairs comes with the query and key that score them."""
+    if call.near is None and far is None:
+        return
+    if call.near is None or far is None:
+        given = "far without call.near" if call.near is None else f"call.near={call.near} without far"
+        raise ValueError(f"far pairs need a distance and a query and key to score them, got {given}")
+    if call.near < 1:
+        raise ValueError(
+            f"near must be at least 1, a token's distance from itself is never far, got {call.near}"
+        )
+    if not call.constraint.causal:
+        raise ValueError(
+            f"far pairs are those of causal attention, got {call.constraint}; leave near at None"
+        )
+    shapes = [tuple(x.shape) for x in far]
+    if shapes != [tuple(query.shape), tuple(key.shape)]:
+        raise ValueError(
+            f"far must have the shapes of query {tuple(query.shape)} and key {tuple(key.shape)}, got {shapes[0]} and "
+            f"{shapes[1]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +116,11 @@ def recording() -> Iterator[Recorder]:
         yield recorder
     finally:
         stack.remove(recorder)
+
+
+def is_recording() -> bool:
+    """True where this thread has an open recorder."""
+    return bool(getattr(_active, "stack", ()))
 
 
 def record(call: CallRecord) -> None:

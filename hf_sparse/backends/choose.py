@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..plan.constraint import Constraint
 from ..plan.plan import HeadPlan, Plan, make_plan
 from ..plan.segments import Segments
 from . import cuda_flash, flex
-from .call import Call, CallRecord, Inputs, record
-from .pieces import operator, torch_attention
+from .call import Call, CallRecord, Inputs, is_recording, record
+from .checks import check_tensors, one_dtype
+from .pieces import View, operator, torch_attention
 from .reference import reference_attention
 from .sequences import by_sequence
 from .table import order
@@ -42,6 +45,7 @@ def attend(
     call: Call,
     segments: Segments | None = None,
     backend: str = "auto",
+    far: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return the attention of `query` over what the call's pattern and constraint allow.
 
@@ -50,33 +54,57 @@ def attend(
         key: [B, H_kv, K, D]; H is a multiple of H_kv.
         value: [B, H_kv, K, Dv].
         segments: the sequences of the batch; None is one sequence per row.
+        far: with `call.near`, the query [B, H, Q, D] and key [B, H_kv, K, D] that score pairs of tokens `near` or more
+            apart; unread where the call has no such pair.
     Returns:
         [B, H, Q, Dv] in the common dtype of the inputs (autocast's where it is on), laid out so that
         ``out.transpose(1, 2)`` is contiguous. Rows that may attend to nothing, padding included, are exactly 0.
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, one that cannot run this call, or dropout outside
-            [0, 1).
+        ValueError: shapes that do not fit, an unknown backend, one that cannot run this call, dropout outside [0, 1),
+            `far` without `call.near` or the reverse, or either without causality.
     """
     check_backend(backend)
     segments = Segments.whole(query.shape[0], key.shape[2]) if segments is None else segments
-    _check(query, key, value, call, segments)
-    query, key, value = _one_dtype(query, key, value)
+    check_tensors(query, key, value, call, segments, far)
+    query, key, value, *rest = one_dtype(query, key, value, *(far or ()))
+    far = None if far is None else (rest[0], rest[1])
     heads, q_len = query.shape[1:3]
-    plans = _sequence_plans(call, segments, heads, q_len)
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    near_plans, far_plans = _divided(call, segments, heads, q_len)
+    views = [View(query, key, near_plans)]
+    seen = [plan if plan is not None and plan.pairs else None for plan in far_plans]
+    if far is not None and any(seen):
+        views.append(View(*far, seen))
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *rest))
     width = max(query.shape[-1], value.shape[-1])
     inputs = Inputs(query.device, query.dtype, width, gradients)
-    choice = choose(call, inputs, segments, plans, q_len, backend)
-    out = _compute(query, key, value, call, segments, plans, choice)
-    made = CallRecord(call.layer, choice.backend, choice.operator)
-    for segment, plan in zip(segments.entries, plans, strict=True):
-        if plan is not None:
-            rows = segment.rows.stop - segment.rows.start
-            made.pieces += plan.n_pieces
-            made.pairs += round(plan.pairs * heads) * rows
-            made.dense_pairs += plan.dense_pairs * heads * rows
-    record(made)
+    choice = choose(call, inputs, segments, near_plans, q_len, backend)
+    if choice.backend == "reference":
+        out = reference_attention(query, key, value, call, segments, far)
+    else:
+        out = _compute(views, value, call, segments, choice)
+    if is_recording():
+        record(_record(call, choice, segments, heads, near_plans, far_plans))
     return out
+
+
+def _record(
+    call: Call,
+    choice: Choice,
+    segments: Segments,
+    heads: int,
+    near_plans: list[Plan | None],
+    far_plans: list[Plan | None],
+) -> CallRecord:
+    made = CallRecord(call.layer, choice.backend, choice.operator)
+    for segment, *plans in zip(segments.entries, near_plans, far_plans, strict=True):
+        rows = segment.rows.stop - segment.rows.start
+        for plan in plans:
+            if plan is not None:
+                made.pieces += plan.n_pieces
+                made.pairs += round(plan.pairs * heads) * rows
+                # Near and far pairs of dense attention are together all that it has.
+                made.dense_pairs += plan.dense_pairs * heads * rows
+    return made
 
 
 def choose(
@@ -108,7 +136,10 @@ def choose(
             f"use backend='auto' to let hf_sparse choose"
         )
     return Choice(
-        backend, operator(call, inputs.device, plans) if backend == "torch" else _OPERATORS[backend]
+        backend,
+        operator(call, inputs.device, plans if q_len == 1 else None)
+        if backend == "torch"
+        else _OPERATORS[backend],
     )
 
 
@@ -119,33 +150,26 @@ def preview(call: Call, inputs: Inputs, *, heads: int, length: int, backend: str
         ValueError: as `choose`.
     """
     segments = Segments.whole(1, length)
-    return choose(call, inputs, segments, _sequence_plans(call, segments, heads, length), length, backend)
+    plans, _ = _divided(call, segments, heads, length)
+    return choose(call, inputs, segments, plans, length, backend)
 
 
 def _reasons(backend: str, call: Call, inputs: Inputs, plans: list[Plan | None]) -> list[str]:
     """Return why a backend cannot run a call; nothing where it can."""
-    if backend == "flex":
-        return flex.unsupported(call, inputs, plans)
-    if backend == "cuda_flash":
-        return cuda_flash.unsupported(call, inputs, plans)
-    return []
+    if backend not in _OPERATORS:
+        return []
+    if call.near is not None:
+        return ["far pairs need two queries and two keys per call"]
+    supported = flex if backend == "flex" else cuda_flash
+    return supported.unsupported(call, inputs, plans)
 
 
-def _compute(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    call: Call,
-    segments: Segments,
-    plans: list[Plan | None],
-    choice: Choice,
-) -> Tensor:
-    if choice.backend == "reference":
-        return reference_attention(query, key, value, call, segments)
+def _compute(views: list[View], value: Tensor, call: Call, segments: Segments, choice: Choice) -> Tensor:
+    query, key, plans = views[0]
     if choice.operator == "dense":
         return _dense(query, key, value, call)
     if choice.backend == "torch":
-        return torch_attention(query, key, value, call, segments, plans)
+        return torch_attention(views, value, call, segments)
     run = flex.flex_attention if choice.backend == "flex" else cuda_flash.flash_attention
 
     def run_group(q: Tensor, k: Tensor, v: Tensor, plan: Plan, group: HeadPlan) -> Tensor:
@@ -155,8 +179,29 @@ def _compute(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _sequence_plans(call: Call, segments: Segments, heads: int, q_len: int) -> list[Plan | None]:
-    """Return the plan of each sequence; None for one without queries in this call."""
+def _divided(
+    call: Call, segments: Segments, heads: int, q_len: int
+) -> tuple[list[Plan | None], list[Plan | None]]:
+    """Return each sequence's plan of near pairs, which are all where the call has no `near`, and of far ones."""
+    constraint, near = call.constraint, call.near
+    if near is None or any(
+        reach is not None and reach <= near for reach in (constraint.window, constraint.chunk)
+    ):
+        return _sequence_plans(call, constraint, segments, heads, q_len), [None] * len(segments.entries)
+    return (
+        _sequence_plans(call, replace(constraint, window=near), segments, heads, q_len),
+        _sequence_plans(call, replace(constraint, beyond=near), segments, heads, q_len),
+    )
+
+
+def _sequence_plans(
+    call: Call, constraint: Constraint, segments: Segments, heads: int, q_len: int
+) -> list[Plan | None]:
+    """Return the plan of each sequence, made once for all layers; None for one without queries in this call."""
+    layer = call.layer if call.pattern.per_layer else 0
+    known = ("plans", call.pattern, constraint, heads, q_len, layer)
+    if known in segments.memo:
+        return cast(list[Plan | None], segments.memo[known])
     plans: list[Plan | None] = []
     for segment in segments.entries:
         queries = segment.queries(q_len, segments.k_len)
@@ -165,15 +210,17 @@ def _sequence_plans(call: Call, segments: Segments, heads: int, q_len: int) -> l
         if length > 0:
             plan = make_plan(
                 call.pattern,
-                call.constraint,
+                constraint,
                 length,
                 segment.length,
                 heads=heads,
-                layer=call.layer,
+                layer=layer,
                 first=segment.first,
                 chosen=segment.chosen,
+                columns=segment.columns,
             )
         plans.append(plan)
+    segments.memo[known] = plans
     return plans
 
 
@@ -199,47 +246,3 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         scale=call.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, call: Call, segments: Segments) -> None:
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        raise ValueError("attention takes query [B, H, Q, D], key [B, H_kv, K, D] and value [B, H_kv, K, Dv]")
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
-        raise ValueError(
-            f"shapes do not fit: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-        )
-    if not query.dtype.is_floating_point or not (
-        key.dtype.is_floating_point and value.dtype.is_floating_point
-    ):
-        raise ValueError(
-            f"attention takes floating-point tensors, got {query.dtype}, {key.dtype} and {value.dtype}"
-        )
-    if 0 in (query.shape[1], key.shape[1], query.shape[3]):
-        raise ValueError(
-            f"attention needs at least one head of at least one channel, got query {tuple(query.shape)} and key "
-            f"{tuple(key.shape)}"
-        )
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
-    if query.shape[2] > key.shape[2]:
-        raise ValueError(
-            f"{query.shape[2]} queries for {key.shape[2]} keys: queries are the last of the keys"
-        )
-    if (segments.batch, segments.k_len) != (key.shape[0], key.shape[2]):
-        raise ValueError(
-            f"segments describe {segments.batch} x {segments.k_len} slots, the keys are {key.shape[0]} x {key.shape[2]}"
-        )
-    if not 0.0 <= call.dropout < 1.0:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {call.dropout}")
-    if call.softcap is not None and not call.softcap > 0:
-        raise ValueError(f"softcap must be above 0, or None for no cap, got {call.softcap}")
-
-
-def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all three in one dtype: autocast's where it is on (rotary embeddings leave q and k in float32 there)."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-    return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..plan.segments import Segments
-from .call import Call
+from .call import Call, check_far
 
 
 def allowed_pairs(call: Call, segments: Segments, heads: int, q_len: int) -> Tensor:
@@ -16,13 +16,13 @@ def allowed_pairs(call: Call, segments: Segments, heads: int, q_len: int) -> Ten
     head = torch.arange(heads)[:, None, None]
     for segment in segments.entries:
         slots = torch.arange(k_len)[segment.slots]
-        positions = segment.first + torch.arange(len(slots))
+        positions = torch.from_numpy(segment.positions)
         is_query = slots >= k_len - q_len
         context = call.constraint.context(
             call.pattern,
             layer=call.layer,
             heads=heads,
-            length=segment.first + len(slots),
+            length=segment.end,
             chosen=segment.chosen,
         )
         pairs = call.constraint.allowed(
@@ -36,20 +36,33 @@ def allowed_pairs(call: Call, segments: Segments, heads: int, q_len: int) -> Ten
     return allowed
 
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor, call: Call, segments: Segments) -> Tensor:
+def reference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    segments: Segments,
+    far: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Masked softmax over every key, in float32 (float64 stays float64).
 
     Args:
         query: [B, H, Q, D]; query q sits at key slot K - Q + q.
         key, value: [B, H_kv, K, D] and [B, H_kv, K, Dv]; H is a multiple of H_kv.
+        far: with `call.near`, the query and key, of the same shapes, that score pairs `near` or more tokens apart.
     Returns:
         [B, H, Q, Dv] in ``query.dtype``. A query that may attend to nothing gets zeros.
+    Raises:
+        ValueError: `far` without `call.near` or the reverse, or either without causality.
     """
+    check_far(query, key, call, far)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    groups = query.shape[1] // key.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1).to(dtype) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    scores = query.to(dtype) @ k.mT * scale
+    scores = _products(query.to(dtype), key.to(dtype)) * scale
+    if far is not None:
+        assert call.near is not None
+        is_near = (_distances(segments, query.shape[2]) < call.near).to(query.device)
+        scores = torch.where(is_near, scores, _products(far[0].to(dtype), far[1].to(dtype)) * scale)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     allowed = allowed_pairs(call, segments, query.shape[1], query.shape[2]).to(query.device)
@@ -58,4 +71,21 @@ def reference_attention(query: Tensor, key: Tensor, value: Tensor, call: Call, s
     weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0).softmax(dim=-1) * allowed
     if call.dropout:
         weights = torch.nn.functional.dropout(weights, call.dropout)
-    return (weights @ v).to(query.dtype)
+    return (weights @ _for_each_query_head(value.to(dtype), query)).to(query.dtype)
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Return every query times every key, [B, H, Q, K]."""
+    return query @ _for_each_query_head(key, query).mT
+
+
+def _for_each_query_head(x: Tensor, query: Tensor) -> Tensor:
+    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
+
+
+def _distances(segments: Segments, q_len: int) -> Tensor:
+    """Return query position - key position, [B, 1, Q, K]; of no meaning across sequences."""
+    positions = torch.zeros(segments.batch, segments.k_len, dtype=torch.long)
+    for segment in segments.entries:
+        positions[segment.rows, segment.slots] = torch.from_numpy(segment.positions)
+    return (positions[:, segments.k_len - q_len :, None] - positions[:, None])[:, None]

@@ -1,4 +1,4 @@
-"""The command line: hf-sparse eval, patterns, show."""
+"""The command line: hf-sparse eval, generate, patterns, show."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import NoReturn
 # Each command is a module with add_arguments(parser) and run(args), imported when it is asked for.
 COMMANDS = {
     "eval": "measure the perplexity of a model, dense and with sparse patterns, on the same tokens",
+    "generate": "stream what a model writes after a prompt, or talk with it, in bounded memory",
     "patterns": "list the patterns with their options",
     "show": "draw what a pattern lets each token see, and say what it costs",
 }

@@ -1,9 +1,11 @@
 """The glue to transformers: patch a model, describe it, save it and load it again."""
 
+from .active import settings
 from .describe import describe
+from .generation import make_cache
 from .loading import read_sidecar
 from .mask import SparseMask
-from .patch import patch_model, patched, settings, unpatch_model
+from .patch import patch_model, patched, unpatch_model
 from .persist import load, save_adapter
 from .register import register_names
 from .stored_settings import SparseSettings, attention_name, settings_from_json, settings_to_json
@@ -16,6 +18,7 @@ __all__ = [
     "attention_name",
     "describe",
     "load",
+    "make_cache",
     "patch_model",
     "patched",
     "read_sidecar",

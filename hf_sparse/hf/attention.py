@@ -9,15 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
 from ..backends import Call, attend
 from ..backends.reference import reference_attention
+from ..patterns.places import Places
 from ..plan import Constraint, Segments
+from .dense import DenseMask, dense_attention, stays_dense
+from .far import far_pair
 from .global_projections import projecting, replace_global_rows
 from .mask import SparseMask, running_forwards
-from .stored_settings import pattern_of_layer, settings_for
+from .rotary import Rotation
+from .stored_settings import PREFIX, pattern_of_layer, settings_for
 
 LONGEST_WEIGHTS = 2048  # keys up to which output_attentions=True is answered: the weights are quadratic
 GLOBALS = "global_attention_mask"
@@ -72,28 +76,29 @@ def sparse_attention(
     Args:
         query: [B, H, Q, D], rotated; the queries are the last of the keys.
         key, value: [B, H_kv, K, D] and [B, H_kv, K, Dv], the cache included.
-        attention_mask: the `SparseMask` of this forward pass, or None where the model makes no mask.
+        attention_mask: the `SparseMask` of this forward pass, or None where the model makes no mask; with a
+            `DenseMask`, as in an encoder of a model that also has a decoder, attention is dense.
     Returns:
         [B, Q, H, Dv], contiguous, and the weights [B, H, Q, K] where `output_attentions` asks for them.
     Raises:
         ValueError: an argument that changes the result and that a pattern cannot honour.
     """
+    if stays_dense(module, attention_mask, is_causal):
+        _refuse(module, kwargs)
+        allowed = attention_mask.allowed if isinstance(attention_mask, DenseMask) else None
+        rate, wanted = dropout if module.training else 0.0, _wanted(output_attentions)
+        return dense_attention(module, query, key, value, allowed, rate, scaling, softcap, wanted)
+    if (inputs := getattr(_observer, "inputs", None)) is not None:
+        inputs.append((module, query, key))
+        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     _refuse(module, kwargs)
     if (probe := getattr(_observer, "keywords", None)) is not None:
         probe.append({name for name, value in kwargs.items() if value is not None})
     mask = _sparse_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
-    if mask.q_len != query.shape[2] or mask.shape[-1] != key.shape[2]:
-        raise ValueError(
-            f"{type(module).__name__} attends from {query.shape[2]} queries to {key.shape[2]} keys but its mask was "
-            f"made for {mask.q_len} and {mask.shape[-1]}; this cache or adapter cannot run under a sparse pattern"
-        )
-    key, value = (
-        key[:, :, : mask.k_len],
-        value[:, :, : mask.k_len],
-    )  # a static cache holds slots not yet filled
-    positions = kwargs.get("position_ids") if kwargs.get(POSITIONS) is None else kwargs[POSITIONS]
-    segments = mask.sequences(positions, kwargs.get("cu_seq_lens_q"))
     layer = getattr(module, "layer_idx", None)
+    segments, slots = _sequences(module, mask, query, key, layer, kwargs), key.shape[2]
+    if segments.k_len < key.shape[2]:  # a static cache holds slots not yet filled
+        key, value = key[:, :, : segments.k_len], value[:, :, : segments.k_len]
     call = Call(
         pattern=pattern_of_layer(mask.settings, layer, type(module).__name__),
         constraint=mask.constraint,
@@ -102,10 +107,52 @@ def sparse_attention(
         dropout=dropout if module.training else 0.0,
         layer=layer or 0,
     )
-    out = attend(query, key, value, call, segments, mask.settings.backend).transpose(1, 2).contiguous()
+    places, rotation = _placed(mask, call, trial=probe is not None)
+    far = None
+    if places is not None and rotation is not None:
+        call = replace(call, near=places.near)
+        held = None if mask.far_keys is None else mask.far_keys(call.layer)
+        far = far_pair(rotation, places, query, key, segments, mask.base, mask.memo, held)
+    out = attend(query, key, value, call, segments, mask.settings.backend, far).transpose(1, 2).contiguous()
     out = replace_global_rows(module, query, key, value, out, call, segments, trial=probe is not None)
-    weights = _weights(query, key, call, segments, mask.shape[-1]) if _wanted(output_attentions) else None
+    weights = _weights(query, key, call, segments, slots, far) if _wanted(output_attentions) else None
     return out, weights
+
+
+def _sequences(
+    module: nn.Module, mask: SparseMask, query: Tensor, key: Tensor, layer: int | None, kwargs: dict[str, Any]
+) -> Segments:
+    """Return the sequences in the slots of `key`."""
+    positions = kwargs.get("position_ids") if kwargs.get(POSITIONS) is None else kwargs[POSITIONS]
+    segments = mask.sequences(positions, kwargs.get("cu_seq_lens_q"))
+    held = mask.held(layer)
+    slots = mask.shape[-1] if held is None else held.k_len
+    if mask.q_len != query.shape[2] or slots != key.shape[2]:
+        raise ValueError(
+            f"{type(module).__name__} attends from {query.shape[2]} queries to {key.shape[2]} keys but its mask was "
+            f"made for {mask.q_len} and {slots}; this cache or adapter cannot run under a sparse pattern"
+        )
+    if held is None:
+        return segments
+    if mask.is_packed(positions, kwargs.get("cu_seq_lens_q")):
+        raise ValueError(
+            "position_ids restart, so the rows hold packed samples, which no later token can continue; pass "
+            "use_cache=False, or give each sample its own row"
+        )
+    return held
+
+
+def _placed(mask: SparseMask, call: Call, trial: bool) -> tuple[Places | None, Rotation | None]:
+    """Return at which places the far keys of a call are seen and what turns them there; nothing where none are."""
+    places = call.pattern.places(call.layer)
+    if places is None or trial:  # the model is prepared for places after its trial
+        return None, None
+    if mask.positions is None:
+        raise ValueError(
+            f"{call.pattern} sees far keys at other places, which a model does that hf_sparse.patch_model or "
+            f"hf_sparse.load has prepared; attn_implementation={PREFIX + call.pattern.name!r} alone does not"
+        )
+    return places, mask.positions.rotations.get(call.layer)
 
 
 def _refuse(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
@@ -155,7 +202,7 @@ def _sparse_mask(
             f"global by their positions, as an option of the pattern"
         )
     q_len, k_len = query.shape[2], key.shape[2]
-    return SparseMask(
+    mask = SparseMask(
         settings_for(config),
         Constraint(causal=bool(causal), window=window),
         Segments.whole(query.shape[0], k_len),
@@ -164,6 +211,8 @@ def _sparse_mask(
         query.device,
         may_be_packed=q_len == k_len,
     )
+    running = [forward for forward in running_forwards() if forward.config is config]
+    return mask.of(running[-1]) if running else mask
 
 
 def _wanted(output_attentions: bool | None) -> bool:
@@ -171,7 +220,14 @@ def _wanted(output_attentions: bool | None) -> bool:
     return bool(output_attentions) or "attentions" in (_active_collector.get() or ())
 
 
-def _weights(query: Tensor, key: Tensor, call: Call, segments: Segments, buffer: int) -> Tensor:
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    call: Call,
+    segments: Segments,
+    buffer: int,
+    far: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     """Return the attention weights [B, H, Q, K] without dropout, 0 for key slots not yet filled."""
     k_len = key.shape[2]
     if projecting(call.pattern, call.layer, query.shape[1]) is not None:
@@ -187,7 +243,7 @@ def _weights(query: Tensor, key: Tensor, call: Call, segments: Segments, buffer:
     one_hot = torch.eye(k_len, dtype=query.dtype, device=query.device).expand(
         key.shape[0], key.shape[1], -1, -1
     )
-    weights = reference_attention(query, key, one_hot, replace(call, dropout=0.0), segments)
+    weights = reference_attention(query, key, one_hot, replace(call, dropout=0.0), segments, far)
     return torch.nn.functional.pad(weights, (0, buffer - k_len))
 
 
@@ -203,3 +259,14 @@ def observed_keywords() -> Iterator[list[set[str]]]:
         yield seen
     finally:
         del _observer.keywords
+
+
+@contextmanager
+def observed_inputs() -> Iterator[list[tuple[torch.nn.Module, Tensor, Tensor]]]:
+    """Collect (module, query, key) of every attention call this thread makes inside the block; calls return zeros."""
+    seen: list[tuple[torch.nn.Module, Tensor, Tensor]] = []
+    _observer.inputs = seen
+    try:
+        yield seen
+    finally:
+        del _observer.inputs

@@ -12,9 +12,9 @@ from ..backends import Call, Inputs, preview
 from ..patterns import Pattern
 from ..patterns.base import short
 from ..plan import Constraint, Cost, cost
-from .patch import is_switched, settings, unwrap
-from .routing import attention_layers, is_causal
-from .stored_settings import SparseSettings, query_heads, settings_from_json
+from .active import is_switched, settings, unwrap
+from .routing import attention_layers, has_encoder, is_causal
+from .stored_settings import SparseSettings, layer_count, query_heads, settings_from_json
 
 
 def describe(model: nn.Module, seq_len: int | None = None) -> str:
@@ -46,6 +46,10 @@ def describe(model: nn.Module, seq_len: int | None = None) -> str:
         f"layers    {len(sparse)} of {len(routed)} sparse" + _names(sparse, routed),
         f"backend   {_backend(base, current, config, sparse or list(routed), length)}",
     ]
+    if has_encoder(base):
+        lines.append(
+            "encoder   dense, and so is attention across to it; the figures are of the decoder's self-attention"
+        )
     lines += _native(current.pattern, config)
     lines += _globals(current.pattern)
     lines.append(_cost(list(costs.values()), [costs[layer] for layer in sparse], length, is_causal(base)))
@@ -53,7 +57,8 @@ def describe(model: nn.Module, seq_len: int | None = None) -> str:
 
 
 def _length(config: Any, seq_len: int | None) -> int:
-    return seq_len or min(8192, getattr(config, "max_position_embeddings", None) or 8192)
+    names = ("max_position_embeddings", "max_target_positions")
+    return seq_len or min(8192, next((n for name in names if (n := getattr(config, name, None))), 8192))
 
 
 def _names(sparse: list[int], routed: tuple[int, ...]) -> str:
@@ -160,12 +165,12 @@ def _leaves(pattern: Pattern) -> list[Pattern]:
 def _reaches_beyond(pattern: Pattern, window: int, config: Any) -> bool:
     """True where some query of some head and layer may see a key at a distance of at least `window`."""
     far = 4 * window
-    layers = range(config.num_hidden_layers) if pattern.per_layer else (0,)
+    layers = range(layer_count(config)) if pattern.per_layer else (0,)
     masks = (pattern.mask(1, far + 1, heads=query_heads(config), layer=layer) for layer in layers)
     return any(bool(mask[..., : far - window + 1].any()) for mask in masks)
 
 
-def _layer_cost(base: nn.Module, config: Any, current: SparseSettings, layer: int, n: int) -> Cost:
+def _layer_cost(base: PreTrainedModel, config: Any, current: SparseSettings, layer: int, n: int) -> Cost:
     heads = query_heads(config)
     return cost(
         current.pattern_at(layer),

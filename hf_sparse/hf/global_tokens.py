@@ -1,8 +1,6 @@
 """Global tokens of one call: ``model(input_ids, global_attention_mask=mask)``, and the tokens of `token_ids`.
 
-A hook before the model that makes the masks takes the argument out of the call and notes it for `make_mask`, which runs
-within that model's forward and puts it into the `SparseMask`; nothing after that depends on where or when it runs. With
-a cache the flags of the tokens seen are kept on the cache, which reorders and crops them together with its keys.
+With a cache the flags of the tokens seen are kept on the cache, which reorders and crops them together with its keys.
 """
 
 from __future__ import annotations
@@ -12,63 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
 
 from ..patterns import Pattern
 from .attention import GLOBALS
-from .global_cache import remember
 from .hooks import add_hook, argument, mask_owner, remove_hooks
-from .mask import Forward, SparseMask, running_forwards
 from .routing import verify_routing
-from .stored_settings import PREFIX, settings_for
+from .stored_settings import settings_for
 
 _PREPARE = "prepare_inputs_for_generation"
-
-
-@torch.compiler.disable
-def begin_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook: note the call's global tokens, and take `global_attention_mask` out of it."""
-    given, implementation = kwargs.get(GLOBALS), str(getattr(module.config, "_attn_implementation", ""))
-    if not implementation.startswith(PREFIX):  # set_attn_implementation has put another one in our place
-        if given is not None:
-            raise ValueError(
-                f"{GLOBALS} was given but {implementation!r} attention is set, which has no use for it; call "
-                f"hf_sparse.patch_model again, or leave it out"
-            )
-        return None
-    forward = Forward(module)
-    running_forwards().append(forward)
-    pattern = settings_for(module.config).pattern
-    if not pattern.takes_globals:  # the config was changed behind the hook's back
-        refuse_globals(module, args, kwargs)
-    forward.flags = _flags(pattern, module, args, kwargs, given)
-    rest = {name: value for name, value in kwargs.items() if name != GLOBALS}
-    mask = rest.get("attention_mask")
-    if isinstance(mask, SparseMask):  # made before the forward: static caches, models around the text model
-        rest["attention_mask"] = mask.with_globals(forward.flags)
-    elif isinstance(mask, dict):
-        rest["attention_mask"] = {
-            kind: m.with_globals(forward.flags) if isinstance(m, SparseMask) else m
-            for kind, m in mask.items()
-        }
-    return args, rest
-
-
-@torch.compiler.disable
-def end_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook: leave the flags with the cache."""
-    stack = running_forwards()
-    if not stack or stack[-1].module is not module:
-        return
-    flags = stack.pop().flags
-    cache = argument(module, args, kwargs, "past_key_values")
-    if cache is None and output is not None:
-        members = (
-            output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
-        )
-        cache = next((member for member in members if isinstance(member, Cache)), None)
-    if flags is not None and output is not None and isinstance(cache, Cache):
-        remember(cache, flags)
 
 
 def refuse_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -91,18 +41,14 @@ def refuse_lost_globals(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         )
 
 
-GLOBAL_HOOKS = (begin_globals, end_globals, refuse_globals, refuse_lost_globals)
+GLOBAL_HOOKS = (refuse_globals, refuse_lost_globals)
 
 
 def add_global_hooks(model: PreTrainedModel, pattern: Pattern) -> None:
     """Let the model's forward and generate() take `global_attention_mask`, or refuse it, as the pattern wants."""
-    owner = mask_owner(model)
     if not pattern.takes_globals:
-        for module in {id(m): m for m in (model, owner)}.values():
-            add_hook(module, refuse_globals)
+        add_hook(model, refuse_globals)  # the model that makes the masks refuses by itself
         return
-    add_hook(owner, begin_globals)
-    add_hook(owner, end_globals, after=True)
     let_generate_take_globals(model)
 
 
@@ -176,12 +122,14 @@ class PrepareWithGlobals:
         return inputs
 
 
-def _flags(
-    pattern: Pattern, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any
+def global_flags(
+    pattern: Pattern, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
     """Return which tokens are global, [B, tokens seen and new] bool on the CPU; None where no call has said any."""
+    given = kwargs.get(GLOBALS)
     ids = argument(module, args, kwargs, "input_ids")
     cache = argument(module, args, kwargs, "past_key_values")
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     wanted = pattern.global_token_ids
     before = getattr(cache, "global_flags", None)
     if given is None and not wanted and before is None:

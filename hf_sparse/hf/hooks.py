@@ -12,12 +12,15 @@ from transformers import PreTrainedModel
 Hook = Callable[..., Any]
 
 
-def add_hook(module: nn.Module, hook: Hook, *, after: bool = False) -> None:
-    """Call `hook` before each forward of `module`, or after it, whether it returns or raises; keywords included."""
+def add_hook(module: nn.Module, hook: Hook, *, after: bool = False, first: bool = False) -> None:
+    """Call `hook` before each forward of `module`, or after it, whether it returns or raises; keywords included.
+
+    first: before the hooks that are there.
+    """
     if after:
-        module.register_forward_hook(hook, with_kwargs=True, always_call=True)
+        module.register_forward_hook(hook, with_kwargs=True, always_call=True, prepend=first)
     else:
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
 
 
 def find_hooks(model: nn.Module, ours: Collection[Hook]) -> list[tuple[nn.Module, Hook, bool]]:
@@ -55,6 +58,17 @@ def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
     names = list(inspect.signature(module.forward).parameters)
     place = names.index(name) if name in names else len(args)
     return args[place] if place < len(args) else None
+
+
+def with_argument(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call of `module` with `value` for the parameter `name`, wherever it was passed."""
+    names = list(inspect.signature(module.forward).parameters)
+    place = names.index(name) if name in names else len(args)
+    if name not in kwargs and place < len(args):
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: value}
 
 
 def mask_owner(model: PreTrainedModel) -> PreTrainedModel:

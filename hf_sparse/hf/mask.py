@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,34 +15,46 @@ from ..backends.reference import allowed_pairs
 from ..patterns import get_pattern
 from ..plan import Constraint, Segments
 from .overlays import read_mask_function
+from .stand_in import StandIn
 from .stored_settings import PREFIX, SparseSettings, settings_for
 
+if TYPE_CHECKING:
+    from .cache import CacheCall
+    from .placing import Positions
 
-class SparseMask:
+
+class SparseMask(StandIn):
     """What the attention calls of one forward pass share: sequences, their global tokens, and the host's constraint.
 
-    Transformers hands it from the mask function to the attention function untouched; on the way it is asked for the
-    attributes of a [B, 1, Q, K] bool tensor. A plain class on purpose: FSDP rebuilds dataclasses. It holds no reference
-    to a cache, no tensor on a device and nothing that grows with n x n.
+    It holds no reference to a cache, and nothing that grows with n x n.
+
+    layers: for each layer whose cache drops keys, the sequences in its slots; see `held`.
+    base: the position in its sequence of the token at rotary position 0.
+    far_keys: gives a layer's keys as far queries see them, where its cache holds them so; see `CacheCall`.
+    positions: how the model is told the places of tokens, where it has been prepared.
+    tokens: [B or 1, Q] int64, where the new tokens are in their samples; None where the call's position_ids say so.
+    memo: what the layers of one forward pass share.
     """
 
     __slots__ = (
         "_chosen",
         "_recovered",
+        "base",
         "constraint",
-        "device",
+        "far_keys",
         "first_slot",
         "flags",
         "globals_known",
         "k_len",
+        "layers",
         "may_be_packed",
+        "memo",
+        "positions",
         "q_len",
         "segments",
         "settings",
-        "shape",
+        "tokens",
     )
-    ndim = 4
-    dtype = torch.bool
 
     def __init__(
         self,
@@ -59,62 +72,46 @@ class SparseMask:
         may_be_packed: position ids that restart may still divide the rows: nothing is padded, packed or cached.
         first_slot: place of key slot 0 among all tokens seen.
         """
+        super().__init__((segments.batch, 1, q_len, buffer), device)
         self.settings = settings
         self.constraint = constraint
         self.segments = segments
         self.q_len = q_len
         self.k_len = segments.k_len
-        self.shape = torch.Size((segments.batch, 1, q_len, buffer))
-        self.device = torch.device(device)
         self.may_be_packed = may_be_packed
         self.first_slot = first_slot
         self.globals_known = False
         self.flags: Tensor | None = None
+        self.layers: tuple[Segments | None, ...] = ()
+        self.base = 0
+        self.far_keys: Callable[[int], Tensor | None] | None = None
+        self.positions: Positions | None = None
+        self.tokens: Tensor | None = None
+        self.memo: dict[Any, Any] = {}
         self._recovered: tuple[Tensor, Segments] | None = None
         self._chosen: tuple[Segments, Segments] | None = None
 
-    def dim(self) -> int:
-        return self.ndim
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def contiguous(self, *args: Any, **kwargs: Any) -> SparseMask:
-        return self
-
-    def clone(self, *args: Any, **kwargs: Any) -> SparseMask:
-        return self.to()
-
-    def to(self, *args: Any, **kwargs: Any) -> SparseMask:
-        """Return a copy for the device among the arguments; the others mean nothing here."""
-        device = next(
-            (a for a in (*args, kwargs.get("device")) if isinstance(a, (str, int, torch.device))), self.device
-        )
-        copy = object.__new__(SparseMask)
-        for name in self.__slots__:
-            setattr(copy, name, getattr(self, name))
-        copy.device = torch.device(device)
-        return copy
-
-    def with_globals(self, flags: Tensor | None) -> SparseMask:
-        """Return a copy that knows the global tokens of the call.
-
-        Args:
-            flags: [B, tokens seen and new] bool, on the CPU; None for none.
-        """
-        copy = self.to()
-        copy.globals_known, copy._chosen = True, None
+    def of(self, forward: Forward) -> SparseMask:
+        """Return a copy that knows what the call brings along."""
+        copy: SparseMask = self.to()
+        flags = forward.flags
+        copy.globals_known, copy._chosen, copy.memo = True, None, {}
         stop = self.first_slot + self.k_len
         copy.flags = None if flags is None or not bool(flags.any()) else flags[:, self.first_slot : stop]
+        copy.positions, copy.tokens = forward.positions, forward.tokens
+        if forward.call is not None:
+            copy.layers, copy.base = forward.call.layers, forward.call.base
+            copy.far_keys = forward.call.far_keys
         return copy
+
+    def held(self, layer: int | None) -> Segments | None:
+        """Return the sequences in the slots of a layer whose cache drops keys; None for any other layer."""
+        return self.layers[layer] if layer is not None and layer < len(self.layers) else None
 
     def dense(self) -> Tensor:
         """Return the host's own mask [B, 1, Q, K], without the pattern; quadratic, for code that needs a tensor."""
         allowed = allowed_pairs(Call(get_pattern("full"), self.constraint), self.segments, 1, self.q_len)
         return torch.nn.functional.pad(allowed, (0, self.shape[-1] - self.k_len)).to(self.device)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.dense()[index]
 
     def sequences(self, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> Segments:
         """Return the segments with their global tokens, divided where the call's own arguments show packed samples.
@@ -139,7 +136,12 @@ class SparseMask:
             self._chosen = (segments, segments.choose(self.flags))
         return self._chosen[1]
 
+    def is_packed(self, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> bool:
+        """True where the call's own arguments show several samples in a row."""
+        return self._divided(position_ids, cu_seq_lens) is not self.segments
+
     def _divided(self, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> Segments:
+        position_ids = position_ids if self.tokens is None else self.tokens
         source = cu_seq_lens if cu_seq_lens is not None and self.segments.batch == 1 else position_ids
         if source is None or not self.may_be_packed:
             return self.segments
@@ -151,10 +153,22 @@ class SparseMask:
 
 @dataclass
 class Forward:
-    """A forward in progress of a model that makes masks; flags: [B, tokens seen and new] bool, its global tokens."""
+    """A forward in progress of a model that makes masks.
+
+    flags: [B, tokens seen and new] bool, its global tokens; None for none.
+    call: what its cache says of the keys, where that is one of ours.
+    far_keys: gives a layer's keys as far queries see them, where its cache holds them so; see `CacheCall`.
+    positions: how the model is told the places of tokens.
+    cache: the cache it was given, if any.
+    tokens: [B or 1, Q] int64, where the new tokens are in their samples; None where its position_ids say so.
+    """
 
     module: nn.Module
     flags: Tensor | None = None
+    call: CacheCall | None = None
+    positions: Positions | None = None
+    cache: Any = None
+    tokens: Tensor | None = None
 
     @property
     def config(self) -> Any:
@@ -165,7 +179,7 @@ _running = threading.local()
 
 
 def running_forwards() -> list[Forward]:
-    """Return the forwards in progress in this thread whose global tokens are known, the innermost last."""
+    """Return the forwards in progress in this thread, the innermost last."""
     return _running.__dict__.setdefault("forwards", [])
 
 
@@ -195,7 +209,7 @@ def make_mask(
     device: Any,
     **host: Any,
 ) -> SparseMask:
-    """The mask function registered with transformers under every ``sparse_`` name.
+    """Return the mask of calls that run the pattern, from what transformers gives to any mask function.
 
     Args:
         attention_mask: [B, tokens seen] bool, True = a real token; None; or a mask made here before.
@@ -214,9 +228,18 @@ def make_mask(
     if k_len > kv_length or (k_len < kv_length and not host_mask.constraint.causal and int(q_offset) == 0):
         raise ValueError(
             f"the queries end at token {seen} but the keys hold tokens {kv_offset} to {kv_offset + kv_length}: "
-            f"cross-attention and prefix tuning cannot run under a sparse pattern; use the dense attention"
+            f"make a static cache longer (max_cache_len); cross-attention of this model, or prefix tuning, cannot run "
+            f"under a sparse pattern, use dense attention there"
         )
-    segments, padded = _segments(attention_mask, host_mask.labels, batch_size, kv_offset, k_len)
+    forwards = running_forwards()
+    forward = forwards[-1] if forwards and forwards[-1].config is config else None
+    # The places of a call are no positions of a text: where they repeat no sample begins.
+    labels = host_mask.labels if forward is None or forward.tokens is None else None
+    if forward is not None and forward.call is not None and labels is None:
+        segments = forward.call.tokens.after(kv_offset)  # nothing on a device has to be looked at
+        padded = not segments.is_whole
+    else:
+        segments, padded = _segments(attention_mask, labels, batch_size, kv_offset, k_len)
     mask = SparseMask(
         settings,
         host_mask.constraint,
@@ -224,11 +247,10 @@ def make_mask(
         q_length,
         kv_length,
         device,
-        may_be_packed=not padded and host_mask.labels is None and q_length == k_len,
+        may_be_packed=not padded and labels is None and q_length == k_len,
         first_slot=kv_offset,
     )
-    forwards = running_forwards()
-    return mask.with_globals(forwards[-1].flags) if forwards and forwards[-1].config is config else mask
+    return mask if forward is None else mask.of(forward)
 
 
 def _segments(

@@ -34,6 +34,19 @@ def read_mask_function(function: Callable[..., Any]) -> HostMask:
     return _add(HostMask(Constraint(causal=False)), function)
 
 
+def has_causal_part(function: Callable[..., Any]) -> bool:
+    """True where causality is among what `function` demands; a mask of an encoder, or of keys from it, has none."""
+    if function is masking_utils.causal_mask_function:
+        return True
+    held = _closure(function)
+    match _maker(function):
+        case "and_masks" | "or_masks":
+            return any(has_causal_part(member) for member in held["mask_functions"])
+        case "remap_positions_for_packed_sequence":
+            return has_causal_part(held["mask_function"])
+    return False
+
+
 def _add(seen: HostMask, function: Callable[..., Any]) -> HostMask:
     constraint = seen.constraint
     if function is masking_utils.causal_mask_function:

@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from ..backends import check_backend
 from ..patterns import Pattern, get_pattern, pattern_class
 from ..patterns.probe import check_predicate
+from .active import is_switched, unwrap
+from .forward import FORWARD_HOOKS, add_forward_hooks
+from .generation import let_generate_make_caches, stop_making_caches
 from .global_projections import projections, put_projections, remove_projections, set_projections
 from .global_tokens import (
     GLOBAL_HOOKS,
@@ -22,7 +25,8 @@ from .global_tokens import (
     let_generate_take_globals,
     remove_global_hooks,
 )
-from .hooks import add_hook, find_hooks, remove_hooks
+from .hooks import add_hook, find_hooks, mask_owner, remove_hooks
+from .placing import positions_of, put_positions, remove_positions, set_positions
 from .routing import (
     POSITION_HOOKS,
     add_position_hook,
@@ -37,8 +41,8 @@ from .stored_settings import (
     attention_name,
     check_comes_back,
     check_fit,
+    layer_count,
     query_heads,
-    settings_for,
     settings_to_json,
 )
 
@@ -97,7 +101,7 @@ def patch_model(
     config, causal = base.config.get_text_config(), is_causal(base)
     check_fit(settings, config)
     check_comes_back(settings)
-    check_predicate(chosen, query_heads(config) or 1, causal, getattr(config, "num_hidden_layers", 1))
+    check_predicate(chosen, query_heads(config) or 1, causal, layer_count(config) or 1)
     before = _state(base)
     try:
         if not hasattr(base, _RESTORE):
@@ -112,8 +116,11 @@ def patch_model(
         _remove_hooks(base)
         set_projections(base, settings, causal)
         add_global_hooks(base, chosen)
+        add_forward_hooks(base)
+        let_generate_make_caches(base)
         if base.device.type != "meta":  # without weights there is nothing to try
             add_position_hook(base, verify_routing(base, settings.layers))
+            set_positions(base, settings)
             if chosen.takes_globals:
                 check_globals_arrive(base)
     except BaseException:
@@ -135,6 +142,7 @@ def unpatch_model(model: M) -> M:
     if is_switched(base):  # otherwise someone has chosen another attention since
         _switch(base, getattr(base, _RESTORE, None) or base.get_correct_attn_implementation(None))
     _remove_hooks(base)
+    remove_positions(base)
     remove_projections(base)
     if hasattr(base, _RESTORE):
         delattr(base, _RESTORE)
@@ -159,29 +167,10 @@ def patched(model: M, pattern: str | Pattern, **settings: Any) -> Iterator[M]:
         _restore(base, before)
 
 
-def settings(model: nn.Module) -> SparseSettings | None:
-    """Return what `model` runs now; None where it is not patched."""
-    base = unwrap(model)
-    return settings_for(base.config.get_text_config()) if is_switched(base) else None
-
-
-def is_switched(model: Any) -> bool:
-    """True where the model's attention runs through a pattern, however it was set."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        return False
-    return str(config.get_text_config()._attn_implementation).startswith(PREFIX)
-
-
-def unwrap(model: Any) -> Any:
-    """Return the transformers model inside a PeftModel; anything else as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _check_layers(layers: Iterable[int] | None, model: PreTrainedModel) -> tuple[int, ...] | None:
     if layers is None:
         return None
-    count = model.config.get_text_config().num_hidden_layers
+    count = layer_count(model.config.get_text_config())
     if isinstance(layers, (str, bytes, dict)) or not isinstance(layers, Iterable):
         raise ValueError(f"layers must be a list of layer indices, got {layers!r}")
     indices = list(layers)
@@ -236,8 +225,10 @@ def _state(model: PreTrainedModel) -> dict[str, Any]:
         "implementation": config._attn_implementation,
         "saved": getattr(config, "sparse_attention", None),
         "marker": {_RESTORE: vars(model)[_RESTORE]} if _RESTORE in vars(model) else {},
-        "hooks": find_hooks(model, (*POSITION_HOOKS, *GLOBAL_HOOKS)),
+        "hooks": find_hooks(model, (*POSITION_HOOKS, *GLOBAL_HOOKS, *FORWARD_HOOKS)),
         "projections": projections(model),
+        "positions": positions_of(mask_owner(model)),
+        "makes_caches": "_prepare_cache_for_generation" in vars(model),
         "generates": "prepare_inputs_for_generation" in vars(model),
     }
 
@@ -257,10 +248,14 @@ def _restore(model: PreTrainedModel, state: dict[str, Any]) -> None:
     _remove_hooks(model)
     for module, hook, after in state["hooks"]:
         add_hook(module, hook, after=after)
+    put_positions(model, state["positions"])
     if state["generates"]:
         let_generate_take_globals(model)
+    if state["makes_caches"]:
+        let_generate_make_caches(model)
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    remove_hooks(model, POSITION_HOOKS)
+    remove_hooks(model, (*POSITION_HOOKS, *FORWARD_HOOKS))
     remove_global_hooks(model)
+    stop_making_caches(model)

@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 
+from .active import is_switched, settings
 from .global_projections import NAMES, projects
 from .loading import (
     CAUSAL_LM,
@@ -24,7 +25,6 @@ from .loading import (
     read_sidecar,
     stored_settings,
 )
-from .patch import is_switched, settings
 from .projection_files import read_projections, trained_apart
 from .sources import SIDECAR, is_adapter
 from .stored_settings import settings_to_json

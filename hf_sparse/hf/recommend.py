@@ -15,7 +15,8 @@ from ..patterns.longformer import Longformer
 from ..patterns.sliding_window import SlidingWindow
 from ..patterns.sparse_transformer_fixed import SparseTransformerFixed
 from ..patterns.streaming_llm import StreamingLLM
-from .patch import unwrap
+from .active import unwrap
+from .stored_settings import layer_count, query_heads
 
 SCENARIOS = ("documents", "dialogue", "code", "long", "exact", "grouped")
 SHORT = 512  # tokens up to which documents and code are left dense: there is next to nothing to save
@@ -48,7 +49,7 @@ def recommended(seq_len: int, model: nn.Module | None = None, scenario: str = "d
     check_choice("scenario", scenario, SCENARIOS)
     heads = layers = None
     if model is not None:
-        heads, layers = _count(model, "num_attention_heads"), _count(model, "num_hidden_layers")
+        heads, layers = _heads_and_layers(model)
     pattern = _choose(seq_len, _size(model), heads, scenario)
     if heads is not None and layers is not None:
         pattern.check_fit(heads, layers)
@@ -90,13 +91,13 @@ def _size(model: nn.Module | None) -> str:
     return "small" if parameters < SMALL else "medium" if parameters < MEDIUM else "large"
 
 
-def _count(model: nn.Module, name: str) -> int:
+def _heads_and_layers(model: nn.Module) -> tuple[int, int]:
     config: Any = getattr(unwrap(model), "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    count = getattr(text, name, None)
-    if not isinstance(count, int):
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    counts = query_heads(text), layer_count(text)
+    if not all(counts):
         raise ValueError(
-            f"recommended needs a transformers model whose config tells {name}, got {type(model).__name__} with "
-            f"{count!r}; leave model out"
+            f"recommended needs a transformers model whose config tells its heads and layers, got "
+            f"{type(model).__name__} with {counts[0]} and {counts[1]}; leave model out"
         )
-    return count
+    return counts

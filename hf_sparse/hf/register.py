@@ -7,12 +7,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..patterns import on_register
 from .attention import sparse_attention
-from .mask import make_mask
+from .dense import sparse_or_dense_mask
 from .stored_settings import CUSTOM, PREFIX
 
 # Plans and masks are Python over a few numbers: torch.compile takes the model around them, tracing them gains nothing.
 _attention = torch.compiler.disable(sparse_attention)
-_mask = torch.compiler.disable(make_mask)
+_mask = torch.compiler.disable(sparse_or_dense_mask)
 
 
 def register_name(name: str) -> None:

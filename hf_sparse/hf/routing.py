@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..backends import recording
 from .attention import POSITIONS, observed_keywords
+from .dense import has_cross_attention
 from .hooks import add_hook, argument, mask_owner, remove_hooks
+from .stored_settings import layer_count
 
 # Routed, but not honestly: found by comparing each with its own eager attention.
 _REFUSED_TYPES = {
@@ -45,12 +48,13 @@ def refuse_unroutable(model: Any) -> None:
             f"patch_model needs a transformers model, got {name}; patch it before compiling or wrapping it"
         )
     config = model.config
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
         raise ValueError(
-            f"{name} cannot be patched: it has cross-attention, which sparse patterns do not cover; patch decoder-only "
-            f"or encoder-only models"
-        )
-    for kind in (config.model_type, config.get_text_config().model_type):
+            f"{name} cannot be patched: it has several text models; patch the one that is meant"
+        ) from error
+    for kind in (config.model_type, text.model_type):
         if kind in _REFUSED_TYPES:
             raise ValueError(f"{name} cannot be patched: {_REFUSED_TYPES[kind]}; use another architecture")
     if not model._can_set_attn_implementation():
@@ -61,15 +65,22 @@ def refuse_unroutable(model: Any) -> None:
 
 
 def attention_layers(config: Any) -> tuple[int, ...]:
-    """Return the indices of the layers that have softmax attention; hybrids have others too."""
+    """Return the indices of the layers that have softmax attention, the decoder's; hybrids have others too."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if not kinds:
-        return tuple(range(config.num_hidden_layers))
+        return tuple(range(layer_count(config)))
     return tuple(i for i, kind in enumerate(kinds) if kind in _ATTENTION_KINDS)
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Return whether the model's attention modules are causal; encoders are not."""
+def has_encoder(model: PreTrainedModel) -> bool:
+    """True where the patterned text model is a decoder that may attend to an encoder."""
+    return has_cross_attention(model.config) or has_cross_attention(model.config.get_text_config())
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Return whether the attention that runs the pattern is causal; that of encoders is not."""
+    if has_encoder(model):
+        return True
     if getattr(model.config, "is_causal", None) is False:
         return False
     flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
@@ -86,7 +97,7 @@ def verify_routing(model: PreTrainedModel, layers: tuple[int, ...] | None, **ext
     """
     name, config = type(model).__name__, model.config.get_text_config()
     try:
-        with _untouched(model), recording() as recorder, observed_keywords() as keywords:
+        with untouched(model), recording() as recorder, observed_keywords() as keywords:
             model(**_probe_inputs(model), **extra)
     except Exception as error:  # whatever a foreign architecture's code raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -104,6 +115,8 @@ def verify_routing(model: PreTrainedModel, layers: tuple[int, ...] | None, **ext
             f"{name} cannot be patched: only {len(recorder.calls)} of its {len(expected)} attention layers go through "
             f"the attention interface"
         )
+    if has_encoder(model):
+        _verify_decoder(model, [call.layer for call in recorder.calls], list(expected))
     if layers is not None and (missing := set(layers) - {call.layer for call in recorder.calls}):
         raise ValueError(
             f"layers {sorted(missing)} of {name} made no attention call of their own; choose among "
@@ -112,8 +125,25 @@ def verify_routing(model: PreTrainedModel, layers: tuple[int, ...] | None, **ext
     return set.intersection(*keywords)
 
 
+def _verify_decoder(model: PreTrainedModel, ran: list[int], expected: list[int]) -> None:
+    """Raise ValueError unless every layer of the decoder ran the pattern, once, and the decoder makes its masks."""
+    name = type(model).__name__
+    if sorted(ran) != expected:
+        raise ValueError(
+            f"{name} cannot be patched: of the attention calls of its {len(expected)} decoder layers it cannot be told "
+            f"which are those of the decoder to itself; use another architecture, e.g. BART, Marian or Whisper"
+        )
+    if mask_owner(model) not in set(model.get_decoder().modules()):
+        raise ValueError(
+            f"{name} cannot be patched: its decoder is not the last of its models; patch one of its models that has no "
+            f"other after the decoder"
+        )
+
+
 def _probe_inputs(model: PreTrainedModel) -> dict[str, Any]:
     accepted = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" in accepted:
+        return _probe_inputs_with_encoder(model)
     if "input_ids" not in accepted:
         raise ValueError("it takes no input_ids")
     inputs: dict[str, Any] = {"input_ids": torch.arange(4, device=model.device)[None]}
@@ -121,11 +151,30 @@ def _probe_inputs(model: PreTrainedModel) -> dict[str, Any]:
         inputs["position_ids"] = torch.arange(4, device=model.device)[None]
     if "use_cache" in accepted:
         inputs["use_cache"] = False
+    if "encoder_hidden_states" in accepted and getattr(model.config, "add_cross_attention", False):
+        inputs["encoder_hidden_states"] = _encoded(model)
     return inputs
 
 
+def _probe_inputs_with_encoder(model: PreTrainedModel) -> dict[str, Any]:
+    """Return 4 tokens for decoder and encoder; for an encoder that hears or sees, what it would return."""
+    inputs: dict[str, Any] = {
+        "decoder_input_ids": torch.arange(4, device=model.device)[None],
+        "use_cache": False,
+    }
+    if "input_ids" in inspect.signature(model.forward).parameters and model.main_input_name == "input_ids":
+        inputs["input_ids"] = torch.arange(4, device=model.device)[None]
+    else:
+        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=_encoded(model.get_encoder()))
+    return inputs
+
+
+def _encoded(model: PreTrainedModel) -> torch.Tensor:
+    return torch.zeros(1, 4, model.config.hidden_size, dtype=model.dtype, device=model.device)
+
+
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients, then put back training flags, buffers and random state."""
     training = {module: module.training for module in model.modules()}
     buffers = [
@@ -176,11 +225,11 @@ def add_position_hook(model: PreTrainedModel, keywords: set[str]) -> None:
     owner = mask_owner(model)
     if "position_ids" in keywords or "position_ids" not in inspect.signature(owner.forward).parameters:
         return
-    add_hook(owner, hand_on_positions)
+    add_hook(owner, hand_on_positions, first=True)  # the caller's, before they are changed
     try:
         arrives = POSITIONS in verify_routing(model, None)
     except ValueError:
         arrives = False
     if not arrives:
         remove_hooks(model, POSITION_HOOKS)
-        add_hook(owner, refuse_restarts)
+        add_hook(owner, refuse_restarts, first=True)

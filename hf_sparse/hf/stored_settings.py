@@ -65,8 +65,8 @@ def pattern_of_layer(settings: SparseSettings, layer: int | None, name: str) -> 
 def check_fit(settings: SparseSettings, config: Any) -> None:
     """Raise ValueError unless the pattern fits the heads and layers of a text model's config; some have no heads."""
     if heads := query_heads(config):
-        _check_fit(settings.pattern, heads, int(config.num_hidden_layers))
-    vocabulary = getattr(config, "vocab_size", None)
+        _check_fit(settings.pattern, heads, layer_count(config))
+    vocabulary = getattr(config, "decoder_vocab_size", None) or getattr(config, "vocab_size", None)
     if vocabulary and (beyond := [i for i in settings.pattern.global_token_ids if i >= vocabulary]):
         raise ValueError(
             f"token_ids holds {beyond[0]}, and the vocabulary of the model ends at {vocabulary - 1}: no input has it; "
@@ -75,8 +75,15 @@ def check_fit(settings: SparseSettings, config: Any) -> None:
 
 
 def query_heads(config: Any) -> int:
-    """Return the number of query heads in a text model's config, 0 for a model without attention."""
-    return int(getattr(config, "num_attention_heads", None) or 0)
+    """Return the number of query heads in a text model's config, the decoder's; 0 for a model without attention."""
+    return int(
+        getattr(config, "decoder_attention_heads", None) or getattr(config, "num_attention_heads", None) or 0
+    )
+
+
+def layer_count(config: Any) -> int:
+    """Return the number of layers in a text model's config; num_hidden_layers may be those of the encoder."""
+    return int(getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None) or 0)
 
 
 @functools.lru_cache(maxsize=256)
@@ -160,14 +167,9 @@ def settings_for(config: Any) -> SparseSettings:
 
     Raises:
         ValueError: the config was saved with another pattern than the implementation names, needs saved options and
-            has none, does not fit the config's heads and layers, or has cross-attention.
+            has none, or does not fit the config's heads and layers.
     """
     implementation = config._attn_implementation
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise ValueError(
-            f"attn_implementation={implementation!r} cannot run a {config.model_type} model with cross-attention, "
-            f"which sparse patterns do not cover; load it without attn_implementation"
-        )
     saved = getattr(config, "sparse_attention", None)
     if saved is not None:
         settings = settings_from_json(saved)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .base import Context, Pattern
 from .checks import check_list_fits
 from .parts import Part
+from .places import Places
 from .registry import get_pattern
 
 _RUNS = 12  # different patterns of heads or layers that are written out
@@ -23,6 +24,9 @@ class Union(Pattern):
     """A key is allowed where any member allows it; written ``a | b``, flat and without repetition."""
 
     members: tuple[Pattern, ...] = ()  # at least one; see Union.of
+
+    def __post_init__(self) -> None:
+        check_distances("a union", self.members)
 
     @staticmethod
     def of(*patterns: Pattern) -> Union:
@@ -61,6 +65,7 @@ class PerHead(Pattern):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patterns", check_patterns("PerHead", self.patterns))
+        check_distances("PerHead", self.patterns)
 
     @property
     def members(self) -> tuple[Pattern, ...]:
@@ -132,6 +137,9 @@ class PerLayer(Pattern):
     def parts(self, context: Context) -> Sequence[Part] | None:
         return self._at(context).parts(context)
 
+    def places(self, layer: int | None) -> Places | None:
+        return any_places(self.members) if layer is None else self._at(Context(layer=layer)).places(layer)
+
     def resolve(self, seq_len: int) -> PerLayer:
         return PerLayer(tuple(pattern.resolve(seq_len) for pattern in self.patterns))
 
@@ -177,6 +185,21 @@ def layer_of(context: Context) -> int:
     """Return the layer of a call for a pattern that declares `per_layer`."""
     assert context.layer is not None, "a pattern that declares per_layer is always asked for a layer"
     return context.layer
+
+
+def any_places(patterns: Sequence[Pattern]) -> Places | None:
+    """Return the places of the first of the patterns that has some in any layer; None where none has."""
+    return next((places for pattern in patterns if (places := pattern.places(None)) is not None), None)
+
+
+def check_distances(owner: str, patterns: Sequence[Pattern]) -> None:
+    """Raise ValueError where one of several patterns of the same layer says at which distance far keys are seen."""
+    for pattern in patterns:
+        if pattern.places(None) is not None:
+            raise ValueError(
+                f"{owner} cannot hold {pattern}, which sets the distances of far keys, as a pair would then have two; "
+                f"leave its positions 'absolute', or wrap the whole, as in ReRoPE(pattern=a | b)"
+            )
 
 
 def check_patterns(owner: str, patterns: Any) -> tuple[Pattern, ...]:

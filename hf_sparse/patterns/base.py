@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .parts import Part
+from .places import Places
 
 if TYPE_CHECKING:
     from .algebra import Union
@@ -95,6 +96,13 @@ class Pattern:
         """
         return None
 
+    def places(self, layer: int | None) -> Places | None:
+        """Return at which distance far keys are scored in causal models; None where all keep their own.
+
+        layer: index of the layer; None asks for those of any layer that has them.
+        """
+        return None
+
     def resolve(self, seq_len: int) -> Pattern:
         """Return this pattern with options that adapt to the length fixed for sequences of `seq_len` tokens.
 
@@ -151,7 +159,7 @@ def short(value: Any) -> str:
     if isinstance(value, tuple) and len(value) > _LISTED:
         shown = ", ".join(map(repr, value[: _LISTED // 2]))
         return f"({shown}, ... {value[-1]!r}: {len(value)} in all)"
-    return repr(value)
+    return str(value) if isinstance(value, Pattern) else repr(value)
 
 
 def _plain(value: Any) -> Any:

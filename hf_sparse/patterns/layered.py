@@ -40,13 +40,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from .algebra import Spelled, layer_of
+from .algebra import Spelled, any_places, layer_of
 from .base import Context, Pattern
 from .checks import check_count
 from .full import Full
-from .registry import get_pattern, register_pattern
+from .places import Places
+from .registry import register_pattern
 from .sliding_window import SlidingWindow
-from .written import pattern_from_json, pattern_to_json
+from .written import as_pattern, pattern_to_json
 
 _EVERY = 4
 _MOST_LAYERS = 4096
@@ -70,7 +71,7 @@ class Layered(Spelled):
         check_count("dense_every", self.dense_every, 2)
         if self.layers is None:
             default = SlidingWindow() if self.pattern is None else self.pattern
-            object.__setattr__(self, "pattern", _as_pattern("pattern", default))
+            object.__setattr__(self, "pattern", as_pattern("pattern", default))
             return
         if self.pattern is not None or self.dense_every != _EVERY:
             raise ValueError(
@@ -107,6 +108,9 @@ class Layered(Spelled):
                 return pattern
         return Full()
 
+    def places(self, layer: int | None) -> Places | None:
+        return any_places(self.members) if layer is None else self.spelled(Context(layer=layer)).places(layer)
+
     def resolve(self, seq_len: int) -> Layered:
         if self.layers is None:
             return replace(self, pattern=self.pattern.resolve(seq_len))
@@ -137,7 +141,7 @@ def _schedule(layers: Any) -> tuple[tuple[int, int, Pattern], ...]:
         raise ValueError(f"layers must be like {{(0, 6): pattern, 11: 'full'}}, got {layers!r}")
     found: list[tuple[int, int, Pattern]] = []
     for key, value in layers:
-        pattern = _as_pattern("layers", value)
+        pattern = as_pattern("layers", value)
         found += [(first, stop, pattern) for first, stop in _ranges(key)]
     if not found:
         raise ValueError(
@@ -168,11 +172,3 @@ def _ranges(key: Any) -> list[tuple[int, int]]:
                 f"layers must hold layer indices or (first, stop) with 0 <= first < stop <= {_MOST_LAYERS}, got {key!r}"
             )
     return [(first, stop) for first, stop in pairs]
-
-
-def _as_pattern(option: str, value: Any) -> Pattern:
-    if isinstance(value, (str, Pattern)):
-        return get_pattern(value)
-    if isinstance(value, Mapping):
-        return pattern_from_json(dict(value))
-    raise ValueError(f"{option} must hold patterns or their names, got {value!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,15 @@ def pattern_from_json(saved: Any) -> Pattern:
             f'write them as {{"window": 128}}, or patch the model again'
         )
     return get_pattern(saved["name"], **{name: _frozen(value) for name, value in options.items()})
+
+
+def as_pattern(option: str, value: Any) -> Pattern:
+    """Return the pattern that `value` is, names or holds as JSON; raise ValueError where it does neither."""
+    if isinstance(value, (str, Pattern)):
+        return get_pattern(value)
+    if isinstance(value, Mapping):
+        return pattern_from_json(dict(value))
+    raise ValueError(f"{option} must hold patterns or their names, got {value!r}")
 
 
 def read_json_file(path: str) -> Any:

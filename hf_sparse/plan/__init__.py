@@ -3,6 +3,6 @@
 from .constraint import Constraint
 from .cost import Cost, cost
 from .plan import HeadPlan, Plan, make_plan
-from .segments import Segment, Segments
+from .segments import Columns, Segment, Segments
 
-__all__ = ["Constraint", "Cost", "HeadPlan", "Plan", "Segment", "Segments", "cost", "make_plan"]
+__all__ = ["Columns", "Constraint", "Cost", "HeadPlan", "Plan", "Segment", "Segments", "cost", "make_plan"]

@@ -18,11 +18,14 @@ class Constraint:
     causal: keys after the query are not allowed.
     window: the model's sliding window in keys, the query itself included (bidirectional: window - 1 to each side).
     chunk: the model's chunked attention: only keys of the query's own block of this many tokens.
+    beyond: only keys at least this many tokens before the query; not the host's, but how one call is divided into pairs
+        seen at their own distance and pairs seen at another (`hf_sparse.patterns.places`).
     """
 
     causal: bool = True
     window: int | None = None
     chunk: int | None = None
+    beyond: int | None = None
 
     def context(
         self, pattern: Pattern, *, layer: int, heads: int, length: int, chosen: tuple[int, ...] = ()
@@ -52,6 +55,8 @@ class Constraint:
             allowed = allowed & ((query - key).abs() < self.window)
         if self.chunk is not None:
             allowed = allowed & (query // self.chunk == key // self.chunk)
+        if self.beyond is not None:
+            allowed = allowed & (query - key >= self.beyond)
         return allowed
 
     def bounds(self) -> tuple[tuple[Bound, ...], tuple[Bound, ...]]:
@@ -65,4 +70,6 @@ class Constraint:
         if self.chunk is not None:
             starts.append(Bound(mul=self.chunk, div=self.chunk))
             stops.append(Bound(self.chunk, mul=self.chunk, div=self.chunk))
+        if self.beyond is not None:
+            stops.append(Bound(1 - self.beyond))
         return tuple(starts), tuple(stops)

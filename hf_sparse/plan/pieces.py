@@ -93,7 +93,8 @@ _PROBES = 2**8  # queries at which is looked first, where only is wanted whether
 class Piece:
     """``queries[t]`` sees ``keys[lo(t):hi(t)]``; see the module.
 
-    query_position, key_position: position of query index 0 and key index 0.
+    query_position, key_position: position of query index 0, and of key index 0 (also where the call holds another key
+        there; 0 for keys that know their positions, `hf_sparse.plan.columns.ColumnList`).
     repeat: members of the family; member m shifts every query and key index by m.
     skip: positions of queries that this piece leaves out; `bounds` of a single piece says so itself (lo = hi), that
         of a family, whose members share their bounds, does not.

@@ -9,12 +9,14 @@ from functools import cached_property, lru_cache
 from torch import Tensor
 
 from ..patterns.base import Context, Pattern
-from ..patterns.parts import Drawn, Every, Part
+from ..patterns.parts import Bound, Drawn, Every, Part
+from .columns import check_columns, check_drawn, held_pieces, in_slots
 from .constraint import Constraint
 from .intervals import Interval, Leftover, disjoint
 from .pieces import Piece, pieces_of
+from .segments import Columns
 from .step import Reads, by_head, reads_of
-from .tiles import Tiles, drawn_tiles, tiles_of
+from .tiles import Predicate, Tiles, drawn_tiles, tiles_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,7 @@ class HeadPlan:
 class Plan:
     """The plan of one sequence: queries are the last `q_len` of `k_len` keys, which begin at position `first`.
 
+    columns: earlier positions held in the first slots, before those that begin at `first`; None where there are none.
     reads: for a single query, what it reads; None for more.
     make_groups: gives `groups`, when they are asked for: a single query is served by `reads` alone.
     """
@@ -51,6 +54,7 @@ class Plan:
     constraint: Constraint
     make_groups: Callable[[], tuple[HeadPlan, ...]]
     reads: tuple[Reads, ...] | None = None
+    columns: Columns | None = None
 
     @cached_property
     def groups(self) -> tuple[HeadPlan, ...]:
@@ -69,8 +73,11 @@ class Plan:
 
     @cached_property
     def dense_pairs(self) -> int:
-        """The pairs per head that dense attention has under the same constraint."""
-        return _dense_pairs(self.constraint, self.q_len, self.k_len, self.first)
+        """The pairs per head that dense attention has under the same constraint; with columns, over all positions."""
+        if self.columns is None:
+            return _dense_pairs(self.constraint, self.q_len, self.k_len, self.first)
+        end = self.first + self.k_len - len(self.columns)
+        return _dense_pairs(self.constraint, self.q_len, end, 0)
 
 
 def make_plan(
@@ -83,16 +90,29 @@ def make_plan(
     layer: int = 0,
     first: int = 0,
     chosen: tuple[int, ...] = (),
+    columns: Columns | None = None,
 ) -> Plan:
     """Return the plan for keys at positions first .. first + k_len; shared by all layers that ask for the same.
 
     chosen: positions that are global in this sequence.
+    columns: earlier positions, held in the first of the `k_len` slots; the others then hold positions from `first` on.
+        Every key that a query may see is held.
+
+    Raises:
+        ValueError: columns with a constraint that is not causal, with a query among them, or under a part whose keys
+            may all be wanted again (drawn blocks, a stride that reaches them).
     """
+    if columns is not None and not len(columns):
+        columns = None
+    if columns is not None:
+        check_columns(columns, constraint, q_len, k_len, first)
     context = constraint.context(pattern, layer=layer, heads=heads, length=first + k_len, chosen=chosen)
     parts = _parts(pattern, context)
     if parts is None:
-        return _plan_predicate(pattern, context, constraint, q_len, k_len, first)
-    return _plan_parts(parts, constraint, q_len, k_len, heads, first)
+        return _plan_predicate(pattern, context, constraint, q_len, k_len, first, columns)
+    if columns is not None:
+        check_drawn(parts, columns)
+    return _plan_parts(parts, constraint, q_len, k_len, heads, first, columns)
 
 
 @lru_cache(maxsize=256)
@@ -103,16 +123,22 @@ def _parts(pattern: Pattern, context: Context) -> tuple[Part, ...] | None:
 
 @lru_cache(maxsize=256)
 def _plan_parts(
-    parts: tuple[Part, ...], constraint: Constraint, q_len: int, k_len: int, heads: int, first: int
+    parts: tuple[Part, ...],
+    constraint: Constraint,
+    q_len: int,
+    k_len: int,
+    heads: int,
+    first: int,
+    columns: Columns | None,
 ) -> Plan:
     def groups() -> tuple[HeadPlan, ...]:
         return tuple(
-            _head_plan(numbers, own, constraint, q_len, k_len, first)
+            _head_plan(numbers, own, constraint, q_len, k_len, first, columns)
             for numbers, own in by_head(parts, heads)
         )
 
-    reads = reads_of(parts, constraint, k_len, heads, first) if q_len == 1 else None
-    return Plan(heads, q_len, k_len, first, constraint, groups, reads)
+    reads = reads_of(parts, constraint, k_len, heads, first, columns) if q_len == 1 else None
+    return Plan(heads, q_len, k_len, first, constraint, groups, reads, columns)
 
 
 def _head_plan(
@@ -122,6 +148,7 @@ def _head_plan(
     q_len: int,
     k_len: int,
     first: int,
+    columns: Columns | None,
 ) -> HeadPlan:
     starts, stops = constraint.bounds()
     intervals, leftovers = _disjoint(parts)
@@ -130,7 +157,10 @@ def _head_plan(
     n_pieces = 0
     for interval in intervals:
         clipped = replace(interval, starts=(*interval.starts, *starts), stops=(*interval.stops, *stops))
-        found = pieces_of(clipped, q_len, k_len, first)
+        if columns is None:
+            found = pieces_of(clipped, q_len, k_len, first)
+        else:
+            found = held_pieces(clipped, q_len, k_len, first, columns)
         if found is None:
             leftovers = [*leftovers, Leftover(interval)]
             continue
@@ -146,7 +176,7 @@ def _head_plan(
         if isinstance(leftover.interval.keys, Drawn):
             tile = drawn_tiles(leftover, allowed, bounds, heads, q_len, k_len, first)
         else:
-            tile = tiles_of(allowed, heads, q_len, k_len, first, bounds)
+            tile = _tiles(allowed, heads, q_len, k_len, first, columns, bounds)
         if tile.pairs:
             tiles.append(tile)
             n_pieces += 1
@@ -155,17 +185,38 @@ def _head_plan(
 
 @lru_cache(maxsize=32)
 def _plan_predicate(
-    pattern: Pattern, context: Context, constraint: Constraint, q_len: int, k_len: int, first: int
+    pattern: Pattern,
+    context: Context,
+    constraint: Constraint,
+    q_len: int,
+    k_len: int,
+    first: int,
+    columns: Columns | None,
 ) -> Plan:
     def allowed(head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return constraint.allowed(pattern, context, head, query, key)
 
     def groups() -> tuple[HeadPlan, ...]:
-        tile = tiles_of(allowed, heads, q_len, k_len, first, constraint.bounds())
+        tile = _tiles(allowed, heads, q_len, k_len, first, columns, constraint.bounds())
         return (HeadPlan(heads, (), (tile,), 1),)
 
     heads = tuple(range(context.heads))
-    return Plan(len(heads), q_len, k_len, first, constraint, groups)
+    return Plan(len(heads), q_len, k_len, first, constraint, groups, columns=columns)
+
+
+def _tiles(
+    allowed: Predicate,
+    heads: tuple[int, ...],
+    q_len: int,
+    k_len: int,
+    first: int,
+    columns: Columns | None,
+    bounds: tuple[tuple[Bound, ...], tuple[Bound, ...]],
+) -> Tiles:
+    if columns is None:
+        return tiles_of(allowed, heads, q_len, k_len, first, bounds)
+    # Bounds are positions: among slots they say nothing.
+    return tiles_of(in_slots(allowed, first, columns), heads, q_len, k_len, 0)
 
 
 _disjoint = lru_cache(maxsize=256)(disjoint)
@@ -175,4 +226,4 @@ _disjoint = lru_cache(maxsize=256)(disjoint)
 def _dense_pairs(constraint: Constraint, q_len: int, k_len: int, first: int) -> int:
     pieces = pieces_of(Interval(Every(), *constraint.bounds()), q_len, k_len, first)
     assert pieces is not None
-    return pieces[0].pairs
+    return sum(piece.pairs for piece in pieces)

@@ -7,10 +7,24 @@ rows; the position of a token is its place in that list, so padding shifts posit
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Positions [c] int64, ascending, of the keys that a cache still holds from before a gap.
+
+    Compared by identity, so that segments which share one also share their plans.
+    """
+
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +33,28 @@ class Segment:
 
     rows: batch rows.
     slots: key slots, a slice, or an int64 tensor [n] where other slots lie between them.
-    first: position of the first slot's token; more than 0 where a cache has dropped earlier tokens.
+    first: position of the first slot's token that is not among `columns`; more than 0 where a cache has dropped earlier
+        tokens. From it on, positions go up by 1.
     chosen: the positions of this sequence that are global, ascending.
+    columns: earlier positions, held in the first slots; all are below `first`. None where there are none.
     """
 
     rows: slice
     slots: slice | Tensor
     first: int = 0
     chosen: tuple[int, ...] = ()
+    columns: Columns | None = None
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The positions of all slots, int64 [n]."""
+        tail = np.arange(self.first, self.end)
+        return tail if self.columns is None else np.concatenate((self.columns.positions, tail))
+
+    @property
+    def end(self) -> int:
+        """One past the position of the last slot's token."""
+        return self.first + self.length - (0 if self.columns is None else len(self.columns))
 
     @property
     def length(self) -> int:
@@ -48,11 +76,16 @@ class Segments:
 
     batch, k_len: shape of the keys, rows and slots.
     entries: the sequences; slots in none of them are padding, which sees nothing and is seen by nothing.
+    memo: what was worked out for these sequences: the layers of a forward pass share it.
     """
 
     batch: int
     k_len: int
     entries: tuple[Segment, ...] = field(default=())
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __reduce__(self) -> Any:  # what was worked out is not copied or saved
+        return Segments, (self.batch, self.k_len, self.entries)
 
     @staticmethod
     def whole(batch: int, k_len: int, first: int = 0) -> Segments:
@@ -106,10 +139,28 @@ class Segments:
                 stop = row + 1
                 while stop < segment.rows.stop and np.array_equal(table[stop][slots], table[row][slots]):
                     stop += 1
-                positions = np.flatnonzero(table[row][slots]) + segment.first
+                positions = segment.positions[np.flatnonzero(table[row][slots])]
                 entries.append(replace(segment, rows=slice(row, stop), chosen=tuple(positions.tolist())))
                 row = stop
         return Segments(self.batch, self.k_len, tuple(entries))
+
+    def after(self, slot: int) -> Segments:
+        """Return what is left of sequences without columns from `slot` on; slots count from there."""
+        if slot == 0:
+            return self
+        entries = []
+        for segment in self.entries:
+            slots: slice | Tensor
+            assert segment.columns is None
+            if isinstance(segment.slots, slice):
+                start = min(max(segment.slots.start, slot), segment.slots.stop)
+                gone, slots = start - segment.slots.start, slice(start - slot, segment.slots.stop - slot)
+                slots = slots if slots.stop > slots.start else slice(0, 0)
+            else:
+                gone = int((segment.slots < slot).sum())
+                slots = segment.slots[gone:] - slot
+            entries.append(replace(segment, slots=slots, first=segment.first + gone))
+        return Segments(self.batch, self.k_len - slot, tuple(entries))
 
     @property
     def is_whole(self) -> bool:

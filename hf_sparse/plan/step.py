@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from ..patterns.parts import Bound, Drawn, Every, Keys, Listed, Part, Periodic, Residue
+from .columns import joined, slots_of
 from .constraint import Constraint
 from .intervals import Interval, Leftover, disjoint, is_in
 from .pieces import indices_of
+from .segments import Columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +52,17 @@ class Reads:
 
 
 def reads_of(
-    parts: tuple[Part, ...], constraint: Constraint, k_len: int, heads: int, first: int
+    parts: tuple[Part, ...],
+    constraint: Constraint,
+    k_len: int,
+    heads: int,
+    first: int,
+    columns: Columns | None = None,
 ) -> tuple[Reads, ...]:
-    """Return what the last of `k_len` keys at positions first .. first + k_len reads as a query, group by group."""
-    query = first + k_len - 1
+    """Return what the last of `k_len` keys reads as a query, group by group; arguments as in `make_plan`."""
+    query = first + k_len - (0 if columns is None else len(columns)) - 1
     return tuple(
-        _reads(numbers, intervals, leftovers, constraint, query, first)
+        _reads(numbers, intervals, leftovers, constraint, query, first, columns)
         for numbers, intervals, leftovers in _disjoint_by_head(parts, heads)
     )
 
@@ -91,30 +98,35 @@ def _reads(
     constraint: Constraint,
     query: int,
     first: int,
+    columns: Columns | None,
 ) -> Reads:
     ranges: list[range] = []
     listed: list[np.ndarray] = []
-    for interval in intervals:
-        if not _speaks_of(interval, query):
-            continue
-        found = _keys(interval.keys, query, *_between(interval, constraint, query, first))
-        if isinstance(found, range):
-            ranges.append(range(found.start - first, found.stop - first, found.step))
-        else:
-            listed.append(found - first)
     own = [np.empty(0, dtype=np.int64)] * len(heads)
+
+    def read(positions: range | np.ndarray) -> None:
+        for slots in slots_of(positions, first, columns):
+            if isinstance(slots, range):
+                ranges.append(slots)
+            else:
+                listed.append(slots)
+
+    least = first if columns is None else 0
+    for interval in intervals:
+        if _speaks_of(interval, query):
+            read(_keys(interval.keys, query, *_between(interval, constraint, query, least)))
     for leftover in leftovers:
         if not _speaks_of(leftover.interval, query):
             continue
-        low, high = _between(leftover.interval, constraint, query, first)
+        low, high = _between(leftover.interval, constraint, query, least)
         if isinstance(leftover.interval.keys, Drawn):
             drawn = _drawn(leftover, heads, query, low, high)
             own = [np.concatenate(both) for both in zip(own, drawn, strict=True)]
         else:
             found = np.asarray(_keys(leftover.interval.keys, query, low, high), dtype=np.int64)
-            listed.append(found[_allowed(leftover, heads[0], query, found)] - first)
+            read(found[_allowed(leftover, heads[0], query, found)])
+    ranges = joined(ranges)
     shared = np.concatenate(listed) if listed else np.empty(0, dtype=np.int64)
-    ranges = [r for r in ranges if len(r)]
     if any(len(keys) for keys in own):
         return Reads(heads, tuple(ranges), _table([np.concatenate((shared, keys - first)) for keys in own]))
     return Reads(heads, tuple(ranges), shared[None] if len(shared) else None)
@@ -149,10 +161,10 @@ def _speaks_of(interval: Interval, query: int) -> bool:
     return not any(bool(is_in(skipped, at)) for skipped in interval.skip)
 
 
-def _between(interval: Interval, constraint: Constraint, query: int, first: int) -> tuple[int, int]:
-    """Return the first position, and one past the last, that the bounds leave; the query is the last of all."""
+def _between(interval: Interval, constraint: Constraint, query: int, least: int) -> tuple[int, int]:
+    """Return the first position from `least` on, and one past the last, that the bounds leave the last token."""
     starts, stops = constraint.bounds()
-    low = max([first, *(_at(b, query) for b in (*interval.starts, *starts))])
+    low = max([least, *(_at(b, query) for b in (*interval.starts, *starts))])
     high = min([query + 1, *(_at(b, query) for b in (*interval.stops, *stops))])
     return low, max(low, high)
 

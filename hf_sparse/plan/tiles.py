@@ -27,7 +27,7 @@ class Tiles:
     """For each head and each block of queries, the blocks of keys it reads.
 
     Block b of size s holds the positions from b * s up to (b + 1) * s; the first and last block may be cut by the ends
-    of the call.
+    of the call. Over a cache with columns, slots take the place of positions, and `first` is 0.
 
     heads: the query heads, in the order of the lists.
     query_block, key_block: tokens per block.

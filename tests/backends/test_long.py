@@ -59,6 +59,8 @@ PATTERNS = {
     "grouped-heads": of("grouped_heads", window=64),
     "multi-scale": of("multi_scale", window=24, scales=3),
     "layered": of("layered", pattern=SlidingWindow(90), dense_every=2),
+    "rerope": of("rerope", pattern="strided"),
+    "self-extend": of("self_extend", pattern=SlidingWindow(70)),
     "bigbird-16": of("bigbird", block=16),
     "bigbird-64": of("bigbird", block=64, random_blocks=2),
     "random": of("random", keys_per_query=12),

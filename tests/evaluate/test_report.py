@@ -43,7 +43,7 @@ def test_every_figure_follows_from_the_files(result, tmp_path):
     assert figures["runs"][0]["pattern"] is None
     assert figures["runs"][1]["pattern"]["pattern"] == {
         "name": "streaming_llm",
-        "options": {"sinks": 4, "window": 1020},
+        "options": {"sinks": 4, "window": 1020, "positions": "absolute"},
     }
     assert figures["runs"][1]["nats_above_dense"]["units"] == 6
 

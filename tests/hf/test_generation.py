@@ -70,3 +70,16 @@ def test_a_cropped_cache_continues_as_if_never_extended():
         cache.crop(-6)
         again = model(ids[:, 10:], past_key_values=cache).logits
     torch.testing.assert_close(again, logits(model, ids)[:, 10:], atol=1e-5, rtol=1e-4)
+
+
+def test_leaving_patched_gives_generate_back_as_it_was():
+    model = tiny("llama", "sparse_sliding_window")  # by name alone: nothing prepares its caches
+    ids = tokens(1, 20)
+    before = model.generate(ids, **GREEDY)
+    with hf_sparse.patched(model, "streaming_llm", sinks=1, window=4):
+        assert (
+            type(model.generate(ids, return_dict_in_generate=True, **GREEDY).past_key_values)
+            is not DynamicCache
+        )
+    after = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+    assert type(after.past_key_values) is DynamicCache and torch.equal(after.sequences, before)

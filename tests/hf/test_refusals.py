@@ -58,16 +58,6 @@ UNROUTED = {
         "num_layers": 2,
         "num_heads": 4,
     },
-    "BartForConditionalGeneration": {
-        "vocab_size": 64,
-        "d_model": 32,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-    },
     "DogeForCausalLM": {**_SMALL, "num_key_value_heads": 2},
 }
 
@@ -80,20 +70,15 @@ def test_an_unrouted_architecture_is_refused_by_name_and_left_alone(name):
     config, held = model.config.to_dict(), model.config
     implementation = model.config._attn_implementation
     random, weights = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match=f"{name} cannot be patched: it"):
+    with pytest.raises(
+        ValueError, match=f"{name} cannot be patched: (it|a trial forward of 4 tokens failed)"
+    ):
         hf_sparse.patch_model(model, "sliding_window", window=4)
     assert model.config is held and model.config.to_dict() == config
     assert model.config._attn_implementation == implementation
     assert model.training and torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-def test_cross_attention_by_name_is_refused_at_the_first_forward():
-    options = UNROUTED["BartForConditionalGeneration"]
-    config = transformers.BartConfig(**options, attn_implementation="sparse_sliding_window")
-    with pytest.raises(ValueError, match="cannot run a bart model with cross-attention"):
-        transformers.BartForConditionalGeneration(config)(tokens(1, 6), decoder_input_ids=tokens(1, 6))
 
 
 def test_layers_of_a_model_whose_layers_do_not_know_their_place_are_refused():
@@ -109,12 +94,6 @@ def test_layers_of_a_model_whose_layers_do_not_know_their_place_are_refused():
     with pytest.raises(ValueError, match=r"does not know which layer it is, so layers=\[0\]"):
         hf_sparse.patch_model(model, "sliding_window", window=4, layers=[0])
     assert settings(hf_sparse.patch_model(model, "sliding_window", window=4)).layers is None
-
-
-def test_a_model_with_cross_attention_is_refused():
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be patched: it has cross-attention"):
-        hf_sparse.patch_model(transformers.GPT2LMHeadModel(config), "sliding_window")
 
 
 @pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), "gpt2", None], ids=["module", "name", "none"])

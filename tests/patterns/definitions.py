@@ -161,6 +161,8 @@ DEFINITIONS = {
     "multi_scale": lambda p, call, h, q, k: any(dilated(q, k, p.window, 2**i) for i in range(p.scales)),
     "layered": layered,
     "shifted": shifted,
+    "rerope": lambda p, call, h, q, k: allows(p.pattern, call, h, q, k),
+    "self_extend": lambda p, call, h, q, k: allows(p.pattern, call, h, q, k),
 }
 
 
@@ -221,7 +223,9 @@ OPTIONS = {
             "seed": count(0, 9),
         }
     ),
-    "streaming_llm": st.fixed_dictionaries({"sinks": count(0, 4), "window": count()}),
+    "streaming_llm": st.fixed_dictionaries(
+        {"sinks": count(0, 4), "window": count(), "positions": st.sampled_from(["absolute", "cache"])}
+    ),
     "grouped_heads": st.fixed_dictionaries(
         {"window": count(), "global_token_ratio": RATIO, "min_window": count(1, 3)},
         optional={
@@ -238,6 +242,10 @@ OPTIONS = {
         ),
     ),
     "shifted": st.fixed_dictionaries({"group": st.sampled_from([2, 4, 6])}),
+    "rerope": st.fixed_dictionaries({"window": count(), "pattern": st.deferred(lambda: UNPLACED)}),
+    "self_extend": st.fixed_dictionaries(
+        {"group": count(), "window": count(), "pattern": st.deferred(lambda: UNPLACED)}
+    ),
 }
 
 
@@ -246,7 +254,13 @@ def named(name):
     return OPTIONS[name].map(lambda options: pattern_class(name)(**options))
 
 
-LEAVES = st.sampled_from(sorted(OPTIONS)).filter(lambda name: name != "layered").flatmap(named)
+WRAPPERS = ("layered", "rerope", "self_extend")
+# Any pattern that is not made of others and leaves all pairs their distances: such ones go with one another.
+LEAVES = (
+    st.sampled_from([name for name in sorted(OPTIONS) if name not in WRAPPERS])
+    .flatmap(named)
+    .filter(lambda pattern: pattern.places(None) is None)
+)
 
 
 def _composed(members):
@@ -257,8 +271,14 @@ def _composed(members):
     )
 
 
-# Any pattern at all for HEADS heads and LAYERS layers.
-PATTERNS = st.recursive(st.one_of(LEAVES, named("layered")), _composed, max_leaves=6)
+# Any pattern for HEADS heads and LAYERS layers that leaves all pairs their distances, then any pattern at all.
+UNPLACED = st.recursive(st.one_of(LEAVES, named("layered")), _composed, max_leaves=6)
+PLACED = st.one_of(named("rerope"), named("self_extend"), named("streaming_llm"))
+PATTERNS = st.one_of(
+    UNPLACED,
+    PLACED,
+    st.lists(st.one_of(UNPLACED, PLACED), min_size=LAYERS, max_size=LAYERS).map(PerLayer),
+)
 CALLS = st.builds(
     Call,
     causal=st.booleans(),

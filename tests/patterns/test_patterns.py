@@ -44,6 +44,26 @@ def test_every_pattern_is_frozen_has_defaults_and_survives_json():
         ("strided", {"anchor": "left"}, "anchor must be 'relative' or 'absolute', got 'left'"),
         ("streaming_llm", {"sinks": -1}, "sinks must be >= 0, got -1"),
         (
+            "streaming_llm",
+            {"positions": "cahce"},
+            "positions must be 'absolute' or 'cache', got 'cahce'; did you mean 'cache'?",
+        ),
+        ("streaming_llm", {"positions": True}, "positions must be 'absolute' or 'cache', got True"),
+        ("rerope", {"window": 0}, "window must be >= 1"),
+        ("rerope", {"pattern": "fll"}, "unknown pattern 'fll'. Did you mean 'full'?"),
+        ("rerope", {"pattern": 5}, "pattern must hold patterns or their names, got 5"),
+        (
+            "rerope",
+            {"pattern": "self_extend"},
+            "pattern must leave the distances of far keys to rerope, got self_extend(",
+        ),
+        ("self_extend", {"group": 0}, "group must be >= 1, got 0"),
+        (
+            "self_extend",
+            {"pattern": {"name": "streaming_llm", "options": {"positions": "cache"}}},
+            "pattern must leave the distances of far keys to self_extend, got streaming_llm(",
+        ),
+        (
             "longformer",
             {"global_tokens": (0, -1)},
             "global_tokens must hold whole numbers from 0 to 1099511627776, got -1",

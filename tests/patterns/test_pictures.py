@@ -1,4 +1,4 @@
-"""The pictures in the docstring of a pattern's module are the masks it computes."""
+"""The pictures in the docstring of a pattern's module are the masks it computes, or the distances of the pairs."""
 
 import re
 import sys
@@ -15,18 +15,22 @@ def pictures(cls):
     """Yield (pattern, label, mask) of every picture in the docstring of a pattern's module.
 
     A line with a pattern and a colon begins the pictures of that pattern. Behind its keys a picture names the head,
-    layer and direction it shows, or nothing: ``key  0 1 2     layer 1, head 0 of 2``.
+    layer and direction it shows, or nothing: ``key  0 1 2     layer 1, head 0 of 2``. After a line that ends in "at
+    these distances:" it has numbers, the distances, and is an int64 tensor, -1 where there is no pair.
     """
-    pattern, label, rows = None, None, []
+    pattern, label, rows, numbers = None, None, [], False
     for line in [*sys.modules[cls.__module__].__doc__.splitlines(), ""]:
-        if call := re.fullmatch(rf"({cls.__name__}\(.*\)):", line):
+        if call := re.fullmatch(rf"({cls.__name__}\(.*\))( scores .* at these distances)?:", line):
             pattern = eval(call[1], vars(hf_sparse))  # noqa: S307 - our own docstring
+            numbers = call[2] is not None
         elif header := re.fullmatch(r" +key +([\d ]+?)(?: {2,}(\D.*))?", line):
             label = header[2] or ""
         elif label is not None and re.match(r" +\d+ ", line):
-            rows.append([cell == "x" for cell in re.findall(r"[x.]", line)])
+            cells = line.split()[1:]
+            rows.append([-1 if c == "." else int(c) for c in cells] if numbers else [c == "x" for c in cells])
         elif rows:
-            yield pattern, label, torch.tensor(rows)
+            width = len(rows) if numbers else 0  # keys after the query are left out
+            yield pattern, label, torch.tensor([row + [-1] * (width - len(row)) for row in rows])
             label, rows = None, []
 
 
@@ -42,7 +46,12 @@ def test_the_pictures_in_the_docstring_are_the_mask(name):
         )
         layer = int(found[1]) if (found := re.search(r"layer (\d+)", label)) else 0
         mask = pattern.mask(len(picture), heads=heads, causal="bidirectional" not in label, layer=layer)
-        assert torch.equal(mask[head], picture), f"{pattern} {label}"
+        if picture.dtype == torch.int64:
+            n = torch.arange(len(picture))
+            distances = pattern.places(layer).distance(n[:, None], n)
+            assert torch.equal(torch.where(mask[head], distances, -1), picture), f"{pattern} distances"
+        else:
+            assert torch.equal(mask[head], picture), f"{pattern} {label}"
 
 
 @pytest.mark.parametrize("name", available_patterns())

@@ -16,7 +16,7 @@ def times_held(plan) -> np.ndarray:
             _count_piece(piece, list(group.heads), held)
         for tiles in group.tiles:
             assert tiles.heads == group.heads
-            _count_tiles(tiles, plan, held)
+            _count_tiles(tiles, held)
     return held
 
 
@@ -37,13 +37,13 @@ def _count_piece(piece, heads, held):
     assert piece.pairs == pairs > 0 and piece.holds_pairs
 
 
-def _count_tiles(tiles, plan, held):
+def _count_tiles(tiles, held):
     pairs = 0
     for block in range(tiles.q_blocks):
         start, stop = tiles.rows(block, block + 1)
         keys, allowed = tiles.check(block, block + 1)
         first = (tiles.first_block + block) * tiles.query_block
-        rows = torch.arange(start, stop) + plan.first + plan.k_len - plan.q_len - first
+        rows = torch.arange(start, stop) + tiles.first + tiles.k_len - tiles.q_len - first
         for number, head in enumerate(tiles.heads):
             listed = tiles.lists[min(number, len(tiles.lists) - 1), block]
             assert len(set(listed[listed >= 0])) == (listed >= 0).sum()
@@ -59,23 +59,39 @@ def _count_tiles(tiles, plan, held):
     assert tiles.pairs == pairs > 0
 
 
-def allowed_pairs(pattern, constraint, heads, q_len, k_len, first=0, layer=0, chosen=()) -> np.ndarray:
+def allowed_pairs(
+    pattern, constraint, heads, q_len, k_len, first=0, layer=0, chosen=(), columns=None
+) -> np.ndarray:
     """Return the mask [H, Q, K] of the pattern and the constraint, asked for all pairs at once."""
-    query = torch.arange(k_len - q_len, k_len)[None, :, None] + first
-    key = torch.arange(k_len)[None, None, :] + first
+    position = torch.arange(k_len) + first
+    if columns is not None:
+        early = torch.from_numpy(columns.positions)
+        position = torch.cat((early, position[: k_len - len(early)]))
+    query, key = position[k_len - q_len :][None, :, None], position[None, None, :]
     context = constraint.context(pattern, layer=layer, heads=heads, length=first + k_len, chosen=chosen)
     mask = constraint.allowed(pattern, context, torch.arange(heads)[:, None, None], query, key)
     return mask.expand(heads, q_len, k_len).numpy()
 
 
-def check(pattern, constraint, q_len, k_len, first=0, heads=2, layer=0, chosen=()):
+def check(pattern, constraint, q_len, k_len, first=0, heads=2, layer=0, chosen=(), columns=None):
     """Assert that the plan holds each allowed pair once, and nothing else; return it."""
-    plan = make_plan(pattern, constraint, q_len, k_len, heads=heads, first=first, layer=layer, chosen=chosen)
-    want = allowed_pairs(pattern, constraint, heads, q_len, k_len, first, layer, chosen)
+    plan = make_plan(
+        pattern,
+        constraint,
+        q_len,
+        k_len,
+        heads=heads,
+        first=first,
+        layer=layer,
+        chosen=chosen,
+        columns=columns,
+    )
+    want = allowed_pairs(pattern, constraint, heads, q_len, k_len, first, layer, chosen, columns)
     np.testing.assert_array_equal(times_held(plan), want.astype(int))
     assert round(plan.pairs * heads) == want.sum()
     assert sum(group.pairs for group in plan.groups) == want.sum()
-    assert plan.dense_pairs == allowed_pairs(Full(), constraint, 1, q_len, k_len, first).sum()
+    dense = (k_len, first) if columns is None else (first + k_len - len(columns), 0)
+    assert plan.dense_pairs == allowed_pairs(Full(), constraint, 1, q_len, *dense).sum()
     if plan.reads is not None:
         np.testing.assert_array_equal(times_read(plan), want[:, 0].astype(int))
         assert sum(reads.pairs for reads in plan.reads) == want.sum()

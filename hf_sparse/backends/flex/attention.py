@@ -44,6 +44,9 @@ def unsupported(call: Call, inputs: Inputs, plans: list[Plan | None]) -> list[st
         reasons.append(f"FlexAttention has no dropout of attention weights (here {call.dropout})")
     if device == "cpu" and inputs.gradients:
         reasons.append("FlexAttention has no backward pass on the CPU")
+    if any(plan is not None and plan.columns is not None for plan in plans):
+        # Its bounds are arithmetic on one axis of positions.
+        return [*reasons, "FlexAttention has no calls over a cache whose old keys are held apart"]
     groups = [(plan, group) for plan in plans if plan is not None for group in plan.groups]
     if device == "cpu" and any(len(orders_of(plan, group).merged) > 1 for plan, group in groups):
         reasons.append(

@@ -1,66 +1,73 @@
-"""The `torch` backend as one differentiable function: sequences of a batch, one pass each."""
+"""The `torch` backend as one differentiable function: sequences of a batch, one pass each per view."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...plan.plan import Plan
-from ...plan.segments import Segment, Segments
+from ...plan.segments import Segments
 from ..call import Call
 from .heads import head_blocks
 from .lists import Tensors
 from .step import is_step, step_attention
+from .view import View
 from .walk import Pass, make_pass, needs_merging
 
 
-def torch_attention(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, segments: Segments, plans: list[Plan | None]
-) -> Tensor:
+def torch_attention(views: Sequence[View], value: Tensor, call: Call, segments: Segments) -> Tensor:
     """Return the attention [B, H, Q, Dv] of one call; the tensors share one dtype."""
-    if is_step(call, plans):
-        return step_attention(query, key, value, call.scale, segments, plans)
+    # Of a longer call every sequence may have one query too, where the rest is padding.
+    if views[0].query.shape[2] == 1 and is_step(call, [plan for view in views for plan in view.plans]):
+        return step_attention(views, value, call, segments)
     # The host's generator, so that gradient checkpointing, which restores it, draws the same masks again.
     seed = int(torch.randint(2**62, ()).item()) if call.dropout else 0
-    return _Attention.apply(query, key, value, call, segments, plans, seed)
+    plans = [view.plans for view in views]
+    return _Attention.apply(value, call, segments, plans, seed, *(x for view in views for x in view[:2]))
 
 
 class _Attention(torch.autograd.Function):
+    """value: [B, H_kv, K, Dv]; scored: query and key of each view in turn; plans: those of each view."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        query: Tensor,
-        key: Tensor,
         value: Tensor,
         call: Call,
         segments: Segments,
-        plans: list[Plan | None],
+        plans: list[list[Plan | None]],
         seed: int,
+        *scored: Tensor,
     ) -> Tensor:
-        batch, heads, q_len, _ = query.shape
-        exact = torch.promote_types(query.dtype, torch.float32)
-        merging = any(plan is not None and _merges(plan, call, query, key) for plan in plans)
+        ctx.call, ctx.segments, ctx.plans, ctx.seed = call, segments, plans, seed
+        views = _views(ctx, scored)
+        batch, heads, q_len, _ = scored[0].shape
+        exact = torch.promote_types(value.dtype, torch.float32)
         layout = (batch, q_len, heads, value.shape[-1])
         # Half precision is rounded once, after the last piece.
-        out = query.new_empty(layout, dtype=exact if merging else query.dtype).transpose(1, 2)
-        lse = query.new_empty((batch, heads, q_len), dtype=exact)
+        out = value.new_empty(layout, dtype=exact if _merges(views, call) else value.dtype).transpose(1, 2)
+        lse = value.new_empty((batch, heads, q_len), dtype=exact)
         if not segments.is_whole:
             out.zero_()
-        ctx.call, ctx.segments, ctx.plans, ctx.seed = call, segments, plans, seed
-        for number, segment, plan in _sequences(ctx):
-            rows, slots, at = segment.rows, segment.slots, segment.queries(q_len, key.shape[2])
-            q, k, v = query[rows, :, at], key[rows, :, slots], value[rows, :, slots]
-            o, part = out[rows, :, at], lse[rows, :, at]
-            for step, tensors in _passes(ctx, number, plan, Tensors(q, k, v, o, part)):
-                step.forward(tensors)
+        for number, segment in enumerate(segments.entries):
+            rows, slots, at = segment.rows, segment.slots, segment.queries(q_len, value.shape[2])
+            own = _with_pairs(views, number)
+            if not own:
+                continue
+            v, o, part = value[rows, :, slots], out[rows, :, at], lse[rows, :, at]
+            for index in own:
+                query, key, _ = views[index]
+                whole = Tensors(query[rows, :, at], key[rows, :, slots], v, o, part)
+                for step, tensors in _passes(ctx, number, index, own, whole):
+                    step.forward(tensors)
             if not isinstance(slots, slice):  # a sequence with holes was gathered
                 out[rows, :, at] = o
                 lse[rows, :, at] = part
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, lse)
+        out = out.to(value.dtype)
+        ctx.save_for_backward(value, out, lse, *scored)
         return out
 
     @staticmethod
@@ -69,46 +76,80 @@ class _Attention(torch.autograd.Function):
             raise ValueError(
                 "the torch backend has no second derivatives, got create_graph=True; use backend='reference'"
             )
-        query, key, value, out, lse = ctx.saved_tensors
-        q_len, k_len = query.shape[2], key.shape[2]
-        exact = torch.promote_types(query.dtype, torch.float32)
-        merging = any(plan is not None and _merges(plan, ctx.call, query, key) for plan in ctx.plans)
-        dquery = _like(query, exact if merging else query.dtype, torch.empty)
-        if not ctx.segments.is_whole:
-            dquery.zero_()
-        dkey, dvalue = _like(key, exact, torch.zeros), _like(value, exact, torch.zeros)
-        for number, segment, plan in _sequences(ctx):
+        value, out, lse, *scored = ctx.saved_tensors
+        views = _views(ctx, scored)
+        q_len, k_len = out.shape[2], value.shape[2]
+        exact = torch.promote_types(value.dtype, torch.float32)
+        dvalue = _like(value, exact, torch.zeros)
+        shares: list[tuple[Tensor, Tensor]] = []
+        for view in views:
+            merging = _merges([view], ctx.call)
+            dquery = _like(view.query, exact if merging else value.dtype, torch.empty)
+            if not ctx.segments.is_whole:
+                dquery.zero_()
+            shares.append((dquery, _like(view.key, exact, torch.zeros)))
+        for number, segment in enumerate(ctx.segments.entries):
             rows, slots, at = segment.rows, segment.slots, segment.queries(q_len, k_len)
-            q, k, v = query[rows, :, at], key[rows, :, slots], value[rows, :, slots]
+            own = _with_pairs(views, number)
+            if not own:
+                continue
             g, o, part = grad[rows, :, at], out[rows, :, at], lse[rows, :, at]
-            dq, dk, dv = dquery[rows, :, at], dkey[rows, :, slots], dvalue[rows, :, slots]
-            whole = Tensors(q, k, v, o, part, g, dq, dk, dv)
-            for step, tensors in _passes(ctx, number, plan, whole):
-                step.backward(tensors)
+            v, dv = value[rows, :, slots], dvalue[rows, :, slots]
+            for index in own:
+                (query, key, _), (dquery, dkey) = views[index], shares[index]
+                q, k, dq, dk = (
+                    query[rows, :, at],
+                    key[rows, :, slots],
+                    dquery[rows, :, at],
+                    dkey[rows, :, slots],
+                )
+                whole = Tensors(q, k, v, o, part, g, dq, dk, dv)
+                for step, tensors in _passes(ctx, number, index, own, whole):
+                    step.backward(tensors)
+                if not isinstance(slots, slice):
+                    dquery[rows, :, at], dkey[rows, :, slots] = dq, dk
             if not isinstance(slots, slice):
-                dquery[rows, :, at], dkey[rows, :, slots], dvalue[rows, :, slots] = dq, dk, dv
-        return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype), None, None, None, None
+                dvalue[rows, :, slots] = dv
+        scored_shares = (x.to(value.dtype) for share in shares for x in share)
+        return dvalue.to(value.dtype), None, None, None, None, *scored_shares
 
 
-def _sequences(ctx: Any) -> Iterator[tuple[int, Segment, Plan]]:
-    """Yield the sequences that have queries, numbered, with their plans."""
-    for number, (segment, plan) in enumerate(zip(ctx.segments.entries, ctx.plans, strict=True)):
-        if plan is not None:
-            yield number, segment, plan
+def _views(ctx: Any, scored: Sequence[Tensor]) -> list[View]:
+    return [View(scored[2 * n], scored[2 * n + 1], plans) for n, plans in enumerate(ctx.plans)]
 
 
-def _passes(ctx: Any, number: int, plan: Plan, tensors: Tensors) -> Iterator[tuple[Pass, Tensors]]:
-    """Yield the passes of sequence `number`, one per block of heads, with views of its tensors."""
-    seed = ctx.seed + (number << 40)
+def _with_pairs(views: list[View], number: int) -> list[int]:
+    """Return the views that hold pairs of sequence `number`."""
+    return [index for index, view in enumerate(views) if view.plans[number] is not None]
+
+
+def _passes(
+    ctx: Any, number: int, index: int, own: list[int], tensors: Tensors
+) -> Iterator[tuple[Pass, Tensors]]:
+    """Yield the passes of view `index` over sequence `number`, one per block of heads, with views of its tensors.
+
+    own: the views that hold pairs of the sequence.
+    """
+    plan = ctx.plans[index][number]
+    seed = ctx.seed + ((number * len(ctx.plans) + index) << 40)
     for group in plan.groups:
         for block in head_blocks(group.heads, tensors.query.shape[1] // tensors.key.shape[1]):
-            own = tensors.heads(block.query, block.key)
-            yield make_pass(group, block.first, own.query, own.key, ctx.call, seed), own
+            heads = tensors.heads(block.query, block.key)
+            query, key, merges = heads.query, heads.key, index != own[0]
+            yield make_pass(group, block.first, query, key, ctx.call, seed, len(own) > 1, merges), heads
             seed += 1 << 32
 
 
-def _merges(plan: Plan, call: Call, query: Tensor, key: Tensor) -> bool:
-    return any(needs_merging(group, call, query, key, plan.q_len) for group in plan.groups)
+def _merges(views: list[View], call: Call) -> bool:
+    """True when some row's result comes from several views or groups of pieces and is merged in memory."""
+    for plans in zip(*(view.plans for view in views), strict=True):
+        found = [(view, plan) for view, plan in zip(views, plans, strict=True) if plan is not None]
+        if len(found) > 1:
+            return True
+        for view, plan in found:
+            if any(needs_merging(group, call, view.query, view.key, plan.q_len) for group in plan.groups):
+                return True
+    return False
 
 
 def _like(x: Tensor, dtype: torch.dtype, make: Any) -> Tensor:

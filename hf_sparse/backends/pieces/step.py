@@ -1,95 +1,127 @@
-"""One query per sequence, the decoding step: the keys it reads are views or gathered, and one call serves them."""
+"""One query per sequence, the decoding step: the few keys it reads are scored together for all rows of the batch.
+
+Matrix products read views in place, and lists of keys stay apart until their scores stand in one row: nothing is copied
+but what has to be gathered or, in half precision, widened. A fused operator is no faster for one row of scores.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ...plan.plan import Plan
 from ...plan.segments import Segments
-from ...plan.step import Reads
 from ..call import Call
+from .fetch import Fetch, fetches_of
 from .heads import HeadBlock, head_blocks
+from .view import View
 
 
-def is_step(call: Call, plans: list[Plan | None]) -> bool:
+def is_step(call: Call, plans: Sequence[Plan | None]) -> bool:
     """True where every sequence has one query, and nothing but the keys it reads is asked for."""
     queries = [plan for plan in plans if plan is not None]
-    one_each = bool(queries) and all(plan.reads is not None for plan in queries)
-    return one_each and call.softcap is None and not call.dropout
+    return bool(queries) and all(plan.reads is not None for plan in queries) and not call.dropout
 
 
-def step_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    segments: Segments,
-    plans: list[Plan | None],
-) -> Tensor:
-    """Return the attention [B, H, 1, Dv] of one query per sequence; every plan has `reads`."""
-    groups = query.shape[1] // key.shape[1]
-    if segments.is_whole and plans[0] is not None and plans[0].reads is not None and len(plans[0].reads) == 1:
-        (blocks,) = (head_blocks(reads.heads, groups) for reads in plans[0].reads)
-        if len(blocks) == 1:
-            return _attend(query, key, value, plans[0].reads[0], blocks[0], scale)
-    out = query.new_zeros((query.shape[0], query.shape[1], 1, value.shape[-1]))
-    for segment, plan in zip(segments.entries, plans, strict=True):
-        if plan is None:
-            continue
-        assert plan.reads is not None
-        rows, slots = segment.rows, segment.slots
-        k, v = key[rows, :, slots], value[rows, :, slots]
-        for reads in plan.reads:
-            for block in head_blocks(reads.heads, groups):
-                own = query[rows, block.query]
-                out[rows, block.query] = _attend(own, k[:, block.key], v[:, block.key], reads, block, scale)
+def step_attention(views: Sequence[View], value: Tensor, call: Call, segments: Segments) -> Tensor:
+    """Return the attention [B, H, 1, Dv] of one query per sequence; every plan has `reads`.
+
+    Slots that no row of the batch reads are not read, unless they lie between some that are: those must be finite.
+    """
+    query, key, _ = views[0]
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    plans = tuple(tuple(view.plans) for view in views)
+    known = ("step", plans, groups, key.device)
+    if known not in segments.memo:
+        segments.memo[known] = _layout(segments, plans, heads, groups, key.device)
+    layout: _Layout = segments.memo[known]
+    out = value.new_zeros((query.shape[0], heads, 1, value.shape[-1]))
+    for block, fetches in layout.blocks:
+        out[layout.rows, block.query] = _attend(views, value, call, layout.rows, block, fetches)
     return out
 
 
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Which keys are read in one step.
+
+    rows: those with a query, R of them.
+    blocks: blocks of heads, and the keys that each reads, view by view.
+    """
+
+    rows: slice | Tensor
+    blocks: list[tuple[HeadBlock, list[tuple[Fetch, ...]]]]
+
+
+def _layout(
+    segments: Segments,
+    plans: tuple[tuple[Plan | None, ...], ...],
+    heads: int,
+    groups: int,
+    device: torch.device,
+) -> _Layout:
+    numbers = [n for n in range(len(segments.entries)) if any(own[n] is not None for own in plans)]
+    entries = [segments.entries[n] for n in numbers]
+    reads = [[() if (plan := own[n]) is None else plan.reads or () for n in numbers] for own in plans]
+    blocks = []
+    for alike in _alike({tuple(r.heads for r in one) for own in reads for one in own}, heads):
+        for block in head_blocks(alike, groups):
+            span = range(block.query.start, block.query.stop, block.query.step)
+            kv_heads = len(range(block.key.start, block.key.stop, block.key.step))
+            fetches = []
+            for own in reads:
+                mine = [next((r for r in one if span[0] in r.heads), None) for one in own]
+                fetches.append(fetches_of(list(zip(entries, mine, strict=True)), span, kv_heads, device))
+            blocks.append((block, fetches))
+    rows = np.concatenate([np.arange(entry.rows.start, entry.rows.stop) for entry in entries])
+    whole = slice(entries[0].rows.start, entries[0].rows.start + len(rows))
+    neighbours = np.array_equal(rows, np.arange(whole.start, whole.stop))
+    found = whole if neighbours else torch.from_numpy(rows).to(device)
+    return _Layout(found, blocks)
+
+
+def _alike(partitions: set[tuple[tuple[int, ...], ...]], heads: int) -> list[tuple[int, ...]]:
+    """Return the heads in groups that every partition of them keeps together; an empty one says nothing."""
+    groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for head in range(heads):
+        own = tuple(part for partition in partitions for part in partition if head in part)
+        groups.setdefault(own, []).append(head)
+    return [tuple(numbers) for numbers in groups.values()]
+
+
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, reads: Reads, block: HeadBlock, scale: float | None
+    views: Sequence[View],
+    value: Tensor,
+    call: Call,
+    rows: slice | Tensor,
+    heads: HeadBlock,
+    fetches: list[tuple[Fetch, ...]],
 ) -> Tensor:
-    """Return the attention of query [B, h, 1, D] of one block of heads over what they read."""
-    batch, heads, _, size = query.shape
-    scale = size**-0.5 if scale is None else scale
-    shared = reads.listed if reads.listed is not None and len(reads.listed) == 1 else None
-    own = None
-    if reads.listed is not None and shared is None:
-        own = reads.listed[block.first : block.first + block.count]
-    if own is None:
-        keys, values = (_read(x, reads.ranges, shared) for x in (key, value))
-        if keys.shape[2] == 0:
-            return query.new_zeros((batch, heads, 1, value.shape[-1]))
-        # The query heads of a key head are rows of one product.
-        rows = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
-        out = scaled_dot_product_attention(rows, keys, values, scale=scale)
-        return out.reshape(batch, heads, 1, value.shape[-1])
-    groups = heads // key.shape[1]
-    listed = torch.from_numpy(own).to(key.device)
-    reader = (torch.arange(heads, device=key.device) // groups)[:, None]
-    keys, values = (
-        torch.cat(
-            (
-                _read(x, reads.ranges, None).repeat_interleave(groups, 1),
-                x[:, reader, listed.clamp(min=0)],
-            ),
-            2,
-        )
-        for x in (key, value)
+    """Return the attention [R, h, 1, Dv] of one block of heads over what they read."""
+    exact = torch.promote_types(value.dtype, torch.float32)
+    scale = views[0].query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    scores, values = [], []
+    for view, own in zip(views, fetches, strict=True):
+        query = view.query[rows, heads.query, 0].to(exact)
+        for fetch in own:
+            key = fetch.take(view.key, rows, heads.key).to(exact)  # [R, H_kv, G or 1, m, D]
+            # The query heads that share a list of keys are rows of one product.
+            lists = query.unflatten(1, (key.shape[1], key.shape[2], -1))
+            score = (lists @ key.mT).flatten(2, 3) * scale  # [R, H_kv, G, m]
+            if call.softcap is not None:
+                score = call.softcap * torch.tanh(score / call.softcap)
+            if fetch.allowed is not None:
+                score = score.masked_fill(~fetch.allowed, float("-inf"))
+            scores.append(score)
+            values.append(fetch.take(value, rows, heads.key).to(exact))
+    weights = torch.cat(scores, -1).softmax(-1).split([score.shape[-1] for score in scores], -1)
+    out = sum(
+        (weight.unflatten(2, (v.shape[2], -1)) @ v).flatten(2, 3)
+        for weight, v in zip(weights, values, strict=True)
     )
-    real = torch.ones((heads, 1, keys.shape[2]), dtype=torch.bool, device=key.device)
-    real[:, 0, keys.shape[2] - listed.shape[1] :] = listed >= 0
-    return scaled_dot_product_attention(query, keys, values, attn_mask=real, scale=scale)
-
-
-def _read(x: Tensor, ranges: tuple[range, ...], listed: np.ndarray | None) -> Tensor:
-    """Return the tokens of x [B, H_kv, K, D] in these ranges and on this list [1, m]: a view of a single range."""
-    parts = [x[:, :, r.start : r.stop : r.step] for r in ranges]
-    if listed is not None:
-        parts.append(x.index_select(2, torch.from_numpy(listed[0]).to(x.device)))
-    if not parts:
-        return x[:, :, :0]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    assert isinstance(out, Tensor)  # a query reads at least itself
+    return out.flatten(1, 2)[:, :, None].to(value.dtype)

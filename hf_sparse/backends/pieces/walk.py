@@ -36,7 +36,7 @@ _OTHER_ROWS = 256
 def operator(call: Call, device: torch.device, plans: list[Plan | None] | None = None) -> str:
     """Return what computes a call.
 
-    "step": one call over the keys that a single query reads; "flash+tiled": the fused operator serves spans without a
+    "step": products over the keys that a single query reads; "flash+tiled": the fused operator serves spans without a
     mask, tiles the others; "tiled": tiles serve all.
     """
     if plans is not None and is_step(call, plans):
@@ -50,21 +50,30 @@ class Pass:
 
     first_head: place of query head 0 of the tensors in the plan's group of heads.
     is_fused: the fused operator computes what it can.
+    shares_rows: other passes serve the same rows with other keys, or with the same ones seen from elsewhere.
+    merges: one of them came before: what it gave is merged with, not overwritten.
     """
 
     schedule: Schedule
     first_head: int
     tiled: Tiled
     is_fused: bool
+    shares_rows: bool = False
+    merges: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """True where nothing is merged: each row's softmax is that of one tile, and can be taken anew from it."""
+        return self.schedule.single and not self.shares_rows
 
     def forward(self, tensors: Tensors) -> None:
         """Write `out` and `lse`; rows that no key serves get 0 and -inf."""
-        if not self.schedule.covers:
+        if not (self.schedule.covers or self.merges):
             tensors.out.zero_()
             tensors.lse.fill_(float("-inf"))
-        # Where nothing else serves a row, the backward pass takes its softmax anew.
-        want_lse = not self.schedule.single
-        for group, fused_runs, runs, writes in self._groups():
+        want_lse = not self.alone
+        for group, fused_runs, runs, first in self._groups():
+            writes = first and not self.merges
             for run in fused_runs:
                 fused.forward(run, group, tensors, self.tiled.scale, not writes)
             if _at_once(group, runs):
@@ -74,8 +83,10 @@ class Pass:
             for lists in members(group, tensors) if runs else ():
                 for run in runs:
                     if not run.spans:
-                        _fill(run, lists.out, 0.0)
-                        _fill(run, lists.lse, float("-inf"))
+                        if writes:
+                            _fill(run, lists.out, 0.0)
+                            _fill(run, lists.lse, float("-inf"))
+                        continue
                     for tile in self._tiles(run, lists):
                         tile.forward(self.tiled, lists.query, lists.out, lists.lse, want_lse, not writes)
         for plan_tiles in self.schedule.tiles:
@@ -85,7 +96,7 @@ class Pass:
     def backward(self, tensors: Tensors) -> None:
         """Write `dquery`, and add to `dkey` and `dvalue`."""
         assert tensors.grad is not None and tensors.dquery is not None
-        alone = self.schedule.single
+        alone = self.alone
         if not self.schedule.covers:
             tensors.dquery.zero_()
         for group, fused_runs, runs, writes in self._groups():
@@ -101,6 +112,7 @@ class Pass:
                 for run in runs:
                     if not run.spans:
                         _fill(run, lists.dquery, 0.0)
+                        continue
                     for tile in self._tiles(run, lists):
                         rows = lists.grad, lists.query, lists.out, lists.lse, lists.dquery
                         tile.backward(self.tiled, *rows, alone, writes)
@@ -110,7 +122,10 @@ class Pass:
                 tile.backward(self.tiled, *rows, alone, False)
 
     def _groups(self) -> Iterator[tuple[Group, list[Run], list[Run], bool]]:
-        """Yield the groups, their runs for the fused operator and for tiles, and whether they write or merge."""
+        """Yield the groups, their runs for the fused operator and for tiles, and whether they write or merge.
+
+        Both passes see the same runs, whatever came before, and so draw the same dropout masks.
+        """
         for number, group in enumerate(self.schedule.groups):
             writes = number < self.schedule.written
             mine = [run for run in group.runs if self.is_fused and fused.fits(run, group)]
@@ -127,12 +142,21 @@ class Pass:
         return run_strips(run, lists, bool(self.tiled.dropout)) if in_strips(run) else run_tiles(run, lists)
 
 
-def make_pass(plan: HeadPlan, first_head: int, query: Tensor, key: Tensor, call: Call, seed: int) -> Pass:
+def make_pass(
+    plan: HeadPlan,
+    first_head: int,
+    query: Tensor,
+    key: Tensor,
+    call: Call,
+    seed: int,
+    shares_rows: bool = False,
+    merges: bool = False,
+) -> Pass:
     """Return the walk for the heads of one plan; query [B, H, Q, D], key [B, H_kv, K, D] are those heads'."""
     scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
     tiled = Tiled(scale, call.softcap, call.dropout, seed)
-    schedule = _schedule(plan, call, query, key)
-    return Pass(schedule, first_head, tiled, operator(call, query.device) == "flash+tiled")
+    is_fused = operator(call, query.device) == "flash+tiled"
+    return Pass(_schedule(plan, call, query, key), first_head, tiled, is_fused, shares_rows, merges)
 
 
 def needs_merging(plan: HeadPlan, call: Call, query: Tensor, key: Tensor, q_len: int) -> bool:

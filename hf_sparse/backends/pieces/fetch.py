@@ -1,0 +1,136 @@
+"""How the keys that one query per row reads are taken from memory: views where they can be, small gathers elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...plan.segments import Segment
+from ...plan.step import Reads
+
+# Slots of a view per key that a row reads, up to which a mask over the view is used instead of a gather.
+_WIDEST = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Fetch:
+    """Keys of a block of heads: query heads, and key heads of which each serves G of them.
+
+    slots: a slice, or int64 [m]: the same for all rows and heads; or int64 [R or 1, H_kv or 1, G or 1, m], -1 (the last
+        slot, the query's own) where a row reads fewer.
+    allowed: bool [R or 1, H_kv or 1, G or 1, m], True = read; None where all are.
+    """
+
+    slots: slice | Tensor
+    allowed: Tensor | None = None
+
+    def take(self, x: Tensor, rows: slice | Tensor, heads: slice) -> Tensor:
+        """Return the tokens of some rows and key heads of x [B, H_kv, K, D] as [R, H_kv, G or 1, m, D]."""
+        if isinstance(self.slots, slice):
+            return x[rows, heads, self.slots].unsqueeze(2)
+        if self.slots.dim() == 1:
+            return x[rows, heads].index_select(2, self.slots).unsqueeze(2)
+        row, head = (
+            torch.arange(size, device=x.device)[own]
+            for size, own in zip(x.shape[:2], (rows, heads), strict=True)
+        )
+        return x[row[:, None, None, None], head[:, None, None], self.slots]
+
+
+def fetches_of(
+    sequences: Sequence[tuple[Segment, Reads | None]], heads: range, kv_heads: int, device: torch.device
+) -> tuple[Fetch, ...]:
+    """Return how the keys of some heads are read, in disjoint fetches.
+
+    Args:
+        sequences: those with a query, and what it reads; None where it reads nothing.
+        heads: query heads, which share what they read or are drawn keys of their own; `kv_heads` key heads serve them.
+    """
+    if len(sequences) == 1 and isinstance(sequences[0][0].slots, slice):
+        return _of_one(*sequences[0], heads, kv_heads, device)
+    own = heads if any(reads is not None and _is_drawn(reads) for _, reads in sequences) else heads[:1]
+    table = _table([[_slots(segment, reads, head) for head in own] for segment, reads in sequences])
+    table = np.repeat(table, [segment.rows.stop - segment.rows.start for segment, _ in sequences], 0)
+    return _of_rows(table, kv_heads, device)
+
+
+def _of_one(
+    segment: Segment, reads: Reads | None, heads: range, kv_heads: int, device: torch.device
+) -> tuple[Fetch, ...]:
+    assert isinstance(segment.slots, slice)
+    if reads is None:
+        return ()
+    start = segment.slots.start
+    fetches = [Fetch(slice(start + r.start, start + r.stop, r.step)) for r in reads.ranges]
+    if reads.listed is not None:
+        numbers = [reads.heads.index(head) for head in heads] if _is_drawn(reads) else [0]
+        listed = reads.listed[numbers]
+        fetches.append(_gather(np.where(listed < 0, -1, listed + start)[None], kv_heads, device))
+    return tuple(fetches)
+
+
+def _of_rows(table: np.ndarray, kv_heads: int, device: torch.device) -> tuple[Fetch, ...]:
+    """Return how rows read the slots of a table [R, H or 1, m], -1 where one has fewer."""
+    if not table.size:
+        return ()
+    row, head, _ = place = np.nonzero(table >= 0)
+    slots = table[place]
+    low, stop = int(slots.min()), int(slots.max()) + 1
+    if stop - low <= _WIDEST * table.shape[2]:
+        read = np.zeros((*table.shape[:2], stop - low), dtype=bool)
+        read[row, head, slots - low] = True
+        allowed = None if read.all() else torch.from_numpy(_by_key_head(read, kv_heads)).to(device)
+        return (Fetch(slice(low, stop), allowed),)
+    common = _run_of_all(table)
+    rest = np.where((table >= common.start) & (table < common.stop), -1, table)
+    fetches = [Fetch(common)] if common.stop > common.start else []
+    width = int((rest >= 0).sum(2).max())
+    if width:
+        fetches.append(_gather(-np.sort(-rest, 2)[..., :width], kv_heads, device))
+    return tuple(fetches)
+
+
+def _run_of_all(table: np.ndarray) -> slice:
+    """Return the longest run of neighbouring slots that every row of the table reads."""
+    slots, times = np.unique(table[table >= 0], return_counts=True)
+    everywhere = slots[times == table.shape[0] * table.shape[1]]
+    runs = np.split(everywhere, np.flatnonzero(np.diff(everywhere) > 1) + 1)
+    longest = max(runs, key=len)
+    return slice(int(longest[0]), int(longest[-1]) + 1) if len(longest) else slice(0, 0)
+
+
+def _gather(table: np.ndarray, kv_heads: int, device: torch.device) -> Fetch:
+    slots = torch.from_numpy(np.ascontiguousarray(_by_key_head(table, kv_heads))).to(device)
+    if (table < 0).any():
+        return Fetch(slots, slots >= 0)
+    return Fetch(slots.flatten() if slots.shape[:3].numel() == 1 else slots)
+
+
+def _by_key_head(table: np.ndarray, kv_heads: int) -> np.ndarray:
+    """View a table [R, H or 1, m] as [R, H_kv or 1, G or 1, m]."""
+    rows, heads, width = table.shape
+    return table.reshape(rows, kv_heads if heads > 1 else 1, -1, width)
+
+
+def _slots(segment: Segment, reads: Reads | None, head: int) -> np.ndarray:
+    keys = np.empty(0, dtype=np.int64) if reads is None else reads.keys_of(head)
+    return keys + segment.slots.start if isinstance(segment.slots, slice) else segment.slots.numpy()[keys]
+
+
+def _table(lists: list[list[np.ndarray]]) -> np.ndarray:
+    """Return lists of slots as one table [R, H, m], -1 where a list is shorter."""
+    width = max(len(slots) for own in lists for slots in own)
+    table = np.full((len(lists), len(lists[0]), width), -1, dtype=np.int64)
+    for row, own in zip(table, lists, strict=True):
+        for place, slots in zip(row, own, strict=True):
+            place[: len(slots)] = slots
+    return table
+
+
+def _is_drawn(reads: Reads) -> bool:
+    """True where each of the heads has a list of its own."""
+    return reads.listed is not None and len(reads.listed) > 1

@@ -1,0 +1,195 @@
+"""What happens around every forward pass of a patched model: its arguments are checked, its cache and masks prepared.
+
+A hook before the model that makes the masks notes what one call brings along (global tokens, the keys of its cache,
+places of its tokens) for `make_mask`, which runs within that model's forward and puts it into the `SparseMask`. Nothing
+after that depends on where or when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+
+from .attention import GLOBALS
+from .cache import SparseCache
+from .far import new_tokens
+from .global_cache import remember
+from .global_tokens import global_flags, refuse_globals
+from .hooks import add_hook, argument, mask_owner, with_argument
+from .mask import Forward, SparseMask, running_forwards
+from .placing import place_ids, positions_of
+from .stored_settings import PREFIX, SparseSettings, settings_for
+
+_MADE_BY = (
+    "_hf_sparse_settings"  # attribute of transformers' own caches: under which settings they were filled
+)
+
+
+@torch.compiler.disable
+def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: check the call, and note what its attention has to know."""
+    cache = _self_attention(argument(module, args, kwargs, "past_key_values"))
+    config: Any = module.config
+    implementation = str(getattr(config, "_attn_implementation", ""))
+    if not implementation.startswith(PREFIX):  # set_attn_implementation has put another one in our place
+        _refuse_left_over(kwargs.get(GLOBALS), cache, implementation)
+        return None
+    settings = settings_for(config)
+    new = argument(module, args, kwargs, "input_ids")
+    new = argument(module, args, kwargs, "inputs_embeds") if new is None else new
+    if new is None:  # the model will say so itself
+        return None
+    batch, q_len = new.shape[:2]
+    mask = argument(module, args, kwargs, "attention_mask")
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    _check_cache(cache, settings, config, batch, seen, q_len)
+    _check_mask(mask, cache, batch, seen, q_len)
+    _check_table(module, argument(module, args, kwargs, "position_ids"), seen + q_len)
+    if not settings.pattern.takes_globals:
+        refuse_globals(module, args, kwargs)
+    flags = global_flags(settings.pattern, module, args, kwargs) if settings.pattern.takes_globals else None
+    kwargs = {name: value for name, value in kwargs.items() if name != GLOBALS}
+
+    call = None
+    if isinstance(cache, SparseCache):
+        two_d = isinstance(mask, Tensor) and mask.ndim == 2
+        real = mask[:, seen : seen + q_len] != 0 if two_d else None
+        call = cache.begin(batch, q_len, real, None if flags is None else flags[:, seen:])
+    forward = Forward(module, flags, call, positions_of(module), cache)
+    running_forwards().append(forward)
+    if forward.positions is not None and forward.positions.placed:
+        args, kwargs = _place(forward, args, kwargs, mask, seen, new)
+    if isinstance(mask, SparseMask):  # made before the forward: static caches, models around the text model
+        args, kwargs = with_argument(module, args, kwargs, "attention_mask", mask.of(forward))
+    elif isinstance(mask, dict):
+        made = {kind: m.of(forward) if isinstance(m, SparseMask) else m for kind, m in mask.items()}
+        args, kwargs = with_argument(module, args, kwargs, "attention_mask", made)
+    return args, kwargs
+
+
+@torch.compiler.disable
+def end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook: leave with the cache what it has to remember."""
+    stack = running_forwards()
+    if not stack or stack[-1].module is not module:
+        return
+    forward = stack.pop()
+    cache = forward.cache
+    if isinstance(cache, SparseCache):
+        cache.end()
+    if output is None:
+        return
+    if cache is None:
+        members = (
+            output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
+        )
+        cache = _self_attention(next((member for member in members if isinstance(member, Cache)), None))
+    if isinstance(cache, Cache):
+        if forward.flags is not None:
+            remember(cache, forward.flags)
+        if not isinstance(cache, SparseCache):
+            config: Any = module.config
+            vars(cache)[_MADE_BY] = settings_for(config)
+
+
+FORWARD_HOOKS = (begin_forward, end_forward)
+
+
+def add_forward_hooks(model: PreTrainedModel) -> None:
+    owner = mask_owner(model)
+    add_hook(owner, begin_forward)
+    add_hook(owner, end_forward, after=True)
+
+
+def _self_attention(cache: Any) -> Any:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _refuse_left_over(flags: Any, cache: Any, implementation: str) -> None:
+    if flags is not None:
+        raise ValueError(
+            f"{GLOBALS} was given but {implementation!r} attention is set, which has no use for it; call "
+            f"hf_sparse.patch_model again, or leave it out"
+        )
+    if isinstance(cache, SparseCache):
+        raise ValueError(
+            f"this cache was made for {cache.settings.pattern} but {implementation!r} attention is set, which may need "
+            f"keys that are gone; use transformers' DynamicCache"
+        )
+
+
+def _check_cache(
+    cache: Any, settings: SparseSettings, config: Any, batch: int, seen: int, q_len: int
+) -> None:
+    if isinstance(cache, SparseCache):
+        cache.check(settings, config, batch)
+        return
+    if cache is None:
+        return
+    before = getattr(cache, _MADE_BY, None)
+    if seen and before is not None and before != settings:
+        raise ValueError(
+            f"the cache was filled under {before.pattern} and the model now runs {settings.pattern}: what it holds "
+            f"would belong to neither; fill a new cache"
+        )
+    for layer in getattr(cache, "layers", ()):
+        most = layer.get_max_length()
+        if 0 < most < seen + q_len and not getattr(layer, "is_sliding", False):
+            raise ValueError(
+                f"the static cache has {most} slots but {seen + q_len} tokens have to go in; make it longer "
+                f"(max_cache_len), or use hf_sparse.make_cache, which grows"
+            )
+
+
+def _check_mask(mask: Any, cache: Any, batch: int, seen: int, q_len: int) -> None:
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return
+    static = getattr(cache, "is_compileable", False) and mask.shape[1] == cache.get_max_length()
+    if mask.shape[0] != batch or (mask.shape[1] != seen + q_len and not static):
+        cached = f", {seen} cached ones included" if seen else ""
+        raise ValueError(
+            f"attention_mask is {list(mask.shape)} but the call has {batch} rows of {seen + q_len} tokens{cached}: "
+            f"give 0 or 1 for each of them"
+        )
+
+
+def _check_table(module: nn.Module, position_ids: Any, total: int) -> None:
+    """Raise ValueError where a token lies past the last learned position."""
+    own = positions_of(module)
+    size = None if own is None else own.table
+    if size is None or (own is not None and own.learned is not None):
+        return
+    needed = total if not isinstance(position_ids, Tensor) else int(position_ids.max()) + 1
+    if needed > size:
+        raise ValueError(
+            f"the text has {needed} tokens but {type(module).__name__} has learned {size} positions; shorten it, or, "
+            f"where the model takes position_ids, use streaming_llm with positions='cache', which stays within them"
+        )
+
+
+def _place(
+    forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any, seen: int, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give the call the position ids of its tokens' places."""
+    module, call, positions = forward.module, forward.call, forward.positions
+    assert positions is not None
+    given, q_len, base = argument(module, args, kwargs, "position_ids"), new.shape[1], 0
+    if isinstance(mask, dict):  # one for each kind of layer; they agree on the tokens
+        mask = next(iter(mask.values()), None)
+    if call is not None:
+        tokens, base = new_tokens(call.tokens, q_len), call.base
+        tokens = tokens[:1] if call.tokens.is_whole else tokens
+    elif isinstance(mask, SparseMask):
+        tokens = new_tokens(mask.segments, q_len)
+    elif isinstance(mask, Tensor) and mask.ndim == 2:
+        tokens = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen : seen + q_len]
+    elif given is not None and seen == 0:  # packed samples restart
+        tokens = given
+    else:
+        tokens = torch.arange(seen, seen + q_len)[None]
+    forward.tokens = tokens
+    ids = place_ids(positions, tokens, base).to(new.device, non_blocking=True)
+    return with_argument(module, args, kwargs, "position_ids", ids)

@@ -1,0 +1,114 @@
+"""Which keys later queries may still see: what a cache has to hold, read off a pattern's parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from ..patterns.base import Pattern
+from ..patterns.parts import Bound, Drawn, Every, Listed, Part, Periodic, Residue
+from .constraint import Constraint
+from .intervals import is_in
+
+_LATER = 2**40  # a position that no text reaches
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a causal sequence's later queries may see, in any of its heads.
+
+    The answer for queries from position n on is a tail of successive positions up to n, and of earlier ones those that
+    `keeps` names. It holds at least every key that can still be seen and, but for keys of the tail, no other.
+
+    chosen: positions that are global in this sequence.
+    """
+
+    pattern: Pattern
+    constraint: Constraint
+    heads: int
+    layer: int = 0
+    chosen: tuple[int, ...] = ()
+
+    def tail(self, n: int) -> int:
+        """Return the first position from which on every key may still be seen, or is new, by queries >= n."""
+        if self._parts is None:
+            return 0
+        low = min((_reach(part, n) for part in self._parts if _is_tail(part)), default=n)
+        return max(low, self._floor(n))
+
+    def keeps(self, positions: np.ndarray, n: int) -> np.ndarray:
+        """Tell which of the positions [m] int64, all before the tail, queries >= n may still see."""
+        kept = np.zeros(len(positions), dtype=bool)
+        for part in self._parts or ():
+            if _speaks_later(part, n) and not _is_tail(part):
+                low, high = (-1 if part.start is None else _at(part.start, n)), _end(part)
+                kept |= _on_list(part, positions) & (positions >= low) & (positions < high)
+        return kept & (positions >= self._floor(n))
+
+    @property
+    def is_bounded(self) -> bool:
+        """True where keys may ever be dropped."""
+        return self.tail(_LATER) > 0
+
+    @cached_property
+    def _parts(self) -> tuple[Part, ...] | None:
+        """The parts, or None where every key may always be seen again: a bare predicate does not say."""
+        # A token that is yet to come may be chosen too, and may then be a query that sees everything.
+        chosen = (*self.chosen, _LATER) if self.pattern.takes_globals else ()
+        context = self.constraint.context(
+            self.pattern, layer=self.layer, heads=self.heads, length=0, chosen=chosen
+        )
+        parts = self.pattern.parts(context)
+        return None if parts is None else tuple(parts)
+
+    def _floor(self, n: int) -> int:
+        """Return the first position that the model's own window and chunks leave to queries >= n."""
+        starts, _ = self.constraint.bounds()
+        return max([0, *(_at(bound, n) for bound in starts)])
+
+
+def _is_tail(part: Part) -> bool:
+    """True where a part goes on to add new keys wherever they lie: all from its start on have to be held."""
+    if part.queries is not None:  # such a part holds every key
+        return True
+    return isinstance(part.keys, (Residue, Drawn)) or (isinstance(part.keys, Every) and _end(part) == np.inf)
+
+
+def _reach(part: Part, n: int) -> int:
+    """Return the first position that a part of the tail shows to queries >= n."""
+    if not _speaks_later(part, n):
+        return n
+    if part.start is None or part.queries is not None or isinstance(part.keys, Drawn):
+        return 0
+    low = max(_at(part.start, n), 0)
+    if isinstance(
+        part.keys, Residue
+    ):  # the next query of a key's own residue may be as much as a stride away
+        keys = np.arange(low, low + part.keys.stride)
+        seen = part.start.at(n + (keys - n) % part.keys.stride) <= keys
+        low += int(np.argmax(seen)) if seen.any() else part.keys.stride
+    return min(low, n)
+
+
+def _speaks_later(part: Part, n: int) -> bool:
+    """True where a part speaks of any query >= n."""
+    return not isinstance(part.queries, Listed) or any(q >= n for q in part.queries.positions)
+
+
+def _end(part: Part) -> float:
+    """Return one past the last position that a part ever shows."""
+    return np.inf if part.stop is None or part.stop.mul else part.stop.const
+
+
+def _on_list(part: Part, positions: np.ndarray) -> np.ndarray:
+    if isinstance(part.keys, Every):
+        return np.ones(len(positions), dtype=bool)
+    assert isinstance(part.keys, (Listed, Periodic))
+    return is_in(part.keys, torch.from_numpy(positions)).numpy()
+
+
+def _at(bound: Bound, query: int) -> int:
+    return bound.mul * ((query + bound.add) // bound.div) + bound.const
