@@ -157,7 +157,6 @@ class Forward:
 
     flags: [B, tokens seen and new] bool, its global tokens; None for none.
     call: what its cache says of the keys, where that is one of ours.
-    far_keys: gives a layer's keys as far queries see them, where its cache holds them so; see `CacheCall`.
     positions: how the model is told the places of tokens.
     cache: the cache it was given, if any.
     tokens: [B or 1, Q] int64, where the new tokens are in their samples; None where its position_ids say so.

@@ -7,10 +7,12 @@ nothing of lengths, causality or padding; the plan clips them and removes what t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
+
+Position = TypeVar("Position", int, np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Bound:
     add: int = 0
     div: int = 1
 
-    def at(self, query: np.ndarray) -> np.ndarray:
+    def at(self, query: Position) -> Position:
+        """Return the positions for query positions of any shape."""
         if self.div == 1:
             return self.mul * (query + self.add) + self.const
         return self.mul * ((query + self.add) // self.div) + self.const

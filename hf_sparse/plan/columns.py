@@ -57,27 +57,18 @@ def check_drawn(parts: Iterable[Part], columns: Columns) -> None:
 def held_pieces(
     interval: Interval, q_len: int, k_len: int, first: int, columns: Columns
 ) -> list[Piece] | None:
-    """Return the interval's pieces, queries being the last `q_len` of `k_len` slots; None as `pieces_of`.
-
-    Raises:
-        ValueError: a residue list reaches columns.
-    """
+    """Return the interval's pieces, queries being the last `q_len` of `k_len` slots; None as `pieces_of`."""
     early, end = len(columns), first + k_len - len(columns)
     tail = pieces_of(interval, q_len, k_len - early, first)
     if tail is None:
         return None
     pieces = [_behind(piece, early) for piece in tail]
-    if not isinstance(interval.keys, Residue):
+    if not isinstance(interval.keys, Residue):  # a stride that goes along with its query lies in the tail
         pieces.append(_column_piece(interval, q_len, end, columns))
     wanted = pieces_of(interval, q_len, end, 0)
     assert wanted is not None
-    is_whole = sum(piece.pairs for piece in wanted) == sum(piece.pairs for piece in pieces)
-    if isinstance(interval.keys, Residue) and not is_whole:
-        raise ValueError(
-            f"a stride of {interval.keys.stride} reaches keys before position {first}, where keys are held apart; "
-            f"keep every key that it reaches in the tail"
-        )
-    assert is_whole, "a key that a query may see is not held"
+    held, seen = (sum(piece.pairs for piece in found) for found in (pieces, wanted))
+    assert held == seen, "a key that a query may see is not held"
     return pieces
 
 
@@ -158,9 +149,8 @@ def _column_piece(interval: Interval, q_len: int, end: int, columns: Columns) ->
     query_position = end - q_len
     queries = indices_of(interval.queries, query_position, q_len)
     # Bounds never decrease: what they leave of the columns lies between the first query's start and the last's stop.
-    ends = np.array([query_position, end - 1])
-    least = max((int(bound.at(ends)[0]) for bound in interval.starts), default=0)
-    most = min((int(bound.at(ends)[1]) for bound in interval.stops), default=end)
+    least = max((bound.at(query_position) for bound in interval.starts), default=0)
+    most = min((bound.at(end - 1) for bound in interval.stops), default=end)
     low, high = np.searchsorted(columns.positions, (least, most))
     reached = columns.positions[low:high]
     slots = np.arange(low, max(low, high))

@@ -84,9 +84,9 @@ def inside(interval: Interval, query: Tensor, key: Tensor) -> Tensor:
     elif isinstance(keys, (Periodic, Listed)):
         held = held & is_in(keys, key)
     for bound in interval.starts:
-        held = held & (key >= _at(bound, query))
+        held = held & (key >= bound.at(query))
     for bound in interval.stops:
-        held = held & (key < _at(bound, query))
+        held = held & (key < bound.at(query))
     if interval.queries is not None:
         held = held & is_in(interval.queries, query)
     for skipped in interval.skip:
@@ -106,12 +106,6 @@ def is_in(positions: Listed | Periodic, position: Tensor) -> Tensor:
     if isinstance(positions, Periodic):
         return (position - positions.offset) % positions.period < positions.width
     return torch.isin(position, torch.tensor(positions.positions, dtype=torch.long, device=position.device))
-
-
-def _at(bound: Bound, query: Tensor) -> Tensor:
-    if bound.div == 1:
-        return bound.mul * (query + bound.add) + bound.const
-    return bound.mul * torch.div(query + bound.add, bound.div, rounding_mode="floor") + bound.const
 
 
 def _bounds(bound: Bound | None) -> tuple[Bound, ...]:

@@ -96,11 +96,11 @@ def make_plan(
 
     chosen: positions that are global in this sequence.
     columns: earlier positions, held in the first of the `k_len` slots; the others then hold positions from `first` on.
-        Every key that a query may see is held.
+        Every key that a query may see is held, and those of a stride relative to the query lie in the tail.
 
     Raises:
-        ValueError: columns with a constraint that is not causal, with a query among them, or under a part whose keys
-            may all be wanted again (drawn blocks, a stride that reaches them).
+        ValueError: columns with a constraint that is not causal, with a query among them, or under drawn blocks, whose
+            keys may all be wanted again.
     """
     if columns is not None and not len(columns):
         columns = None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..patterns.base import Pattern
-from ..patterns.parts import Bound, Drawn, Every, Listed, Part, Periodic, Residue
+from ..patterns.parts import Drawn, Every, Listed, Part, Periodic, Residue
 from .constraint import Constraint
 from .intervals import is_in
 
@@ -44,7 +44,7 @@ class Retention:
         kept = np.zeros(len(positions), dtype=bool)
         for part in self._parts or ():
             if _speaks_later(part, n) and not _is_tail(part):
-                low, high = (-1 if part.start is None else _at(part.start, n)), _end(part)
+                low, high = (-1 if part.start is None else part.start.at(n)), _end(part)
                 kept |= _on_list(part, positions) & (positions >= low) & (positions < high)
         return kept & (positions >= self._floor(n))
 
@@ -67,7 +67,7 @@ class Retention:
     def _floor(self, n: int) -> int:
         """Return the first position that the model's own window and chunks leave to queries >= n."""
         starts, _ = self.constraint.bounds()
-        return max([0, *(_at(bound, n) for bound in starts)])
+        return max([0, *(bound.at(n) for bound in starts)])
 
 
 def _is_tail(part: Part) -> bool:
@@ -83,10 +83,9 @@ def _reach(part: Part, n: int) -> int:
         return n
     if part.start is None or part.queries is not None or isinstance(part.keys, Drawn):
         return 0
-    low = max(_at(part.start, n), 0)
-    if isinstance(
-        part.keys, Residue
-    ):  # the next query of a key's own residue may be as much as a stride away
+    low = max(part.start.at(n), 0)
+    if isinstance(part.keys, Residue):
+        # The next query of a key's own residue may be as much as a stride away.
         keys = np.arange(low, low + part.keys.stride)
         seen = part.start.at(n + (keys - n) % part.keys.stride) <= keys
         low += int(np.argmax(seen)) if seen.any() else part.keys.stride
@@ -108,7 +107,3 @@ def _on_list(part: Part, positions: np.ndarray) -> np.ndarray:
         return np.ones(len(positions), dtype=bool)
     assert isinstance(part.keys, (Listed, Periodic))
     return is_in(part.keys, torch.from_numpy(positions)).numpy()
-
-
-def _at(bound: Bound, query: int) -> int:
-    return bound.mul * ((query + bound.add) // bound.div) + bound.const

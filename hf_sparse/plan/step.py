@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..patterns.parts import Bound, Drawn, Every, Keys, Listed, Part, Periodic, Residue
+from ..patterns.parts import Drawn, Every, Keys, Listed, Part, Periodic, Residue
 from .columns import joined, slots_of
 from .constraint import Constraint
 from .intervals import Interval, Leftover, disjoint, is_in
@@ -155,6 +155,8 @@ def _table(rows: list[np.ndarray]) -> np.ndarray:
 
 
 def _speaks_of(interval: Interval, query: int) -> bool:
+    if interval.queries is None and not interval.skip:
+        return True
     at = torch.tensor(query)
     if interval.queries is not None and not bool(is_in(interval.queries, at)):
         return False
@@ -164,13 +166,9 @@ def _speaks_of(interval: Interval, query: int) -> bool:
 def _between(interval: Interval, constraint: Constraint, query: int, least: int) -> tuple[int, int]:
     """Return the first position from `least` on, and one past the last, that the bounds leave the last token."""
     starts, stops = constraint.bounds()
-    low = max([least, *(_at(b, query) for b in (*interval.starts, *starts))])
-    high = min([query + 1, *(_at(b, query) for b in (*interval.stops, *stops))])
+    low = max([least, *(b.at(query) for b in (*interval.starts, *starts))])
+    high = min([query + 1, *(b.at(query) for b in (*interval.stops, *stops))])
     return low, max(low, high)
-
-
-def _at(bound: Bound, query: int) -> int:
-    return bound.mul * ((query + bound.add) // bound.div) + bound.const
 
 
 def _inside(positions: np.ndarray, low: int, high: int) -> np.ndarray:

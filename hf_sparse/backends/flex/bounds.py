@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...patterns.parts import Bound
 from ...plan.pieces import Comb, Indices, Lattice
 from .orders import Order
 
@@ -35,9 +34,9 @@ def row_bounds(order: Order, rows: Tensor) -> tuple[Tensor, Tensor]:
             count = torch.full_like(rows, order.lists[reads.keys].count)
         lo, hi = torch.zeros_like(rows), count
         for bound in reads.starts:
-            lo = torch.maximum(lo, _count_below(order, reads.keys, _at(bound, position), residue))
+            lo = torch.maximum(lo, _count_below(order, reads.keys, bound.at(position), residue))
         for bound in reads.stops:
-            hi = torch.minimum(hi, _count_below(order, reads.keys, _at(bound, position), residue))
+            hi = torch.minimum(hi, _count_below(order, reads.keys, bound.at(position), residue))
         lo = torch.minimum(lo, count)
         los.append(begin + lo)
         his.append(begin + torch.maximum(hi, lo))
@@ -78,9 +77,3 @@ def _count_below(order: Order, number: int, position: Tensor, residue: Tensor | 
         return (period * keys.width + place.clamp(max=keys.width) - before).clamp_(0, keys.count)
     listed = torch.from_numpy(keys.indices).to(index.device, non_blocking=True)
     return torch.searchsorted(listed, index)
-
-
-def _at(bound: Bound, query: Tensor) -> Tensor:
-    if bound.div == 1:
-        return bound.mul * (query + bound.add) + bound.const
-    return bound.mul * ((query + bound.add) // bound.div) + bound.const

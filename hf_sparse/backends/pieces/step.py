@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...plan.plan import Plan
-from ...plan.segments import Segments
+from ...plan.segments import Segment, Segments
 from ..call import Call
 from .fetch import Fetch, fetches_of
 from .heads import HeadBlock, head_blocks
@@ -39,6 +41,9 @@ def step_attention(views: Sequence[View], value: Tensor, call: Call, segments: S
     if known not in segments.memo:
         segments.memo[known] = _layout(segments, plans, heads, groups, key.device)
     layout: _Layout = segments.memo[known]
+    if layout.is_whole:
+        ((block, fetches),) = layout.blocks
+        return _attend(views, value, call, layout.rows, block, fetches)
     out = value.new_zeros((query.shape[0], heads, 1, value.shape[-1]))
     for block, fetches in layout.blocks:
         out[layout.rows, block.query] = _attend(views, value, call, layout.rows, block, fetches)
@@ -51,10 +56,12 @@ class _Layout:
 
     rows: those with a query, R of them.
     blocks: blocks of heads, and the keys that each reads, view by view.
+    is_whole: one block is all heads of all rows of the batch.
     """
 
     rows: slice | Tensor
     blocks: list[tuple[HeadBlock, list[tuple[Fetch, ...]]]]
+    is_whole: bool
 
 
 def _layout(
@@ -68,7 +75,7 @@ def _layout(
     entries = [segments.entries[n] for n in numbers]
     reads = [[() if (plan := own[n]) is None else plan.reads or () for n in numbers] for own in plans]
     blocks = []
-    for alike in _alike({tuple(r.heads for r in one) for own in reads for one in own}, heads):
+    for alike in _alike(frozenset(tuple(r.heads for r in one) for own in reads for one in own), heads):
         for block in head_blocks(alike, groups):
             span = range(block.query.start, block.query.stop, block.query.step)
             kv_heads = len(range(block.key.start, block.key.stop, block.key.step))
@@ -77,14 +84,26 @@ def _layout(
                 mine = [next((r for r in one if span[0] in r.heads), None) for one in own]
                 fetches.append(fetches_of(list(zip(entries, mine, strict=True)), span, kv_heads, device))
             blocks.append((block, fetches))
-    rows = np.concatenate([np.arange(entry.rows.start, entry.rows.stop) for entry in entries])
-    whole = slice(entries[0].rows.start, entries[0].rows.start + len(rows))
-    neighbours = np.array_equal(rows, np.arange(whole.start, whole.stop))
-    found = whole if neighbours else torch.from_numpy(rows).to(device)
-    return _Layout(found, blocks)
+    rows = _rows(entries, device)
+    is_whole = (
+        isinstance(rows, slice)
+        and rows == slice(0, segments.batch)
+        and len(blocks) == 1
+        and blocks[0][0].count == heads
+    )
+    return _Layout(rows, blocks, is_whole)
 
 
-def _alike(partitions: set[tuple[tuple[int, ...], ...]], heads: int) -> list[tuple[int, ...]]:
+def _rows(entries: list[Segment], device: torch.device) -> slice | Tensor:
+    """Return the rows of the sequences, a slice where they follow each other."""
+    if all(after.rows.start == before.rows.stop for before, after in pairwise(entries)):
+        return slice(entries[0].rows.start, entries[-1].rows.stop)
+    numbers = np.concatenate([np.arange(entry.rows.start, entry.rows.stop) for entry in entries])
+    return torch.from_numpy(numbers).to(device)
+
+
+@lru_cache(maxsize=256)
+def _alike(partitions: frozenset[tuple[tuple[int, ...], ...]], heads: int) -> list[tuple[int, ...]]:
     """Return the heads in groups that every partition of them keeps together; an empty one says nothing."""
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for head in range(heads):
@@ -118,10 +137,14 @@ def _attend(
                 score = score.masked_fill(~fetch.allowed, float("-inf"))
             scores.append(score)
             values.append(fetch.take(value, rows, heads.key).to(exact))
-    weights = torch.cat(scores, -1).softmax(-1).split([score.shape[-1] for score in scores], -1)
-    out = sum(
+    weights = (
+        torch.cat(scores, -1).softmax(-1).split([score.shape[-1] for score in scores], -1)
+        if len(scores) > 1
+        else (scores[0].softmax(-1),)  # a query reads at least itself
+    )
+    parts = [
         (weight.unflatten(2, (v.shape[2], -1)) @ v).flatten(2, 3)
         for weight, v in zip(weights, values, strict=True)
-    )
-    assert isinstance(out, Tensor)  # a query reads at least itself
+    ]
+    out = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return out.flatten(1, 2)[:, :, None].to(value.dtype)
