@@ -36,6 +36,10 @@ class Call:
 
 def check_far(query: Tensor, key: Tensor, call: Call, far: tuple[Tensor, Tensor] | None) -> None:
     """Raise ValueError unless a call that knows far pairs comes with the query and key that score them."""
+    if call.constraint.beyond is not None:
+        raise ValueError(
+            f"a call says by near which pairs are far, got constraint.beyond={call.constraint.beyond}; leave it at None"
+        )
     if call.near is None and far is None:
         return
     if call.near is None or far is None:

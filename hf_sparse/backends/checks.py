@@ -33,10 +33,10 @@ def check_tensors(
         raise ValueError(
             f"attention takes floating-point tensors, got {query.dtype}, {key.dtype} and {value.dtype}"
         )
-    if 0 in (query.shape[1], key.shape[1], query.shape[3]):
+    if 0 in (query.shape[1], key.shape[1], query.shape[3], value.shape[3]):
         raise ValueError(
-            f"attention needs at least one head of at least one channel, got query {tuple(query.shape)} and key "
-            f"{tuple(key.shape)}"
+            f"attention needs at least one head of at least one channel, got query {tuple(query.shape)}, key "
+            f"{tuple(key.shape)} and value {tuple(value.shape)}"
         )
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")

@@ -61,7 +61,7 @@ def attend(
         ``out.transpose(1, 2)`` is contiguous. Rows that may attend to nothing, padding included, are exactly 0.
     Raises:
         ValueError: shapes that do not fit, an unknown backend, one that cannot run this call, dropout outside [0, 1),
-            `far` without `call.near` or the reverse, or either without causality.
+            `far` without `call.near` or the reverse, either without causality, or `call.constraint.beyond`.
     """
     check_backend(backend)
     segments = Segments.whole(query.shape[0], key.shape[2]) if segments is None else segments

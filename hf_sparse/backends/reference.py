@@ -53,7 +53,7 @@ def reference_attention(
     Returns:
         [B, H, Q, Dv] in ``query.dtype``. A query that may attend to nothing gets zeros.
     Raises:
-        ValueError: `far` without `call.near` or the reverse, or either without causality.
+        ValueError: `far` without `call.near` or the reverse, either without causality, or `call.constraint.beyond`.
     """
     check_far(query, key, call, far)
     dtype = torch.promote_types(query.dtype, torch.float32)

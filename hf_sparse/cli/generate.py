@@ -177,7 +177,7 @@ def _generate_settings(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "prefill_chunk_size": args.prefill_chunk}
     if all(value is None for value in (args.temperature, args.top_p, args.top_k, args.seed)):
         return found | {"do_sample": False}
-    # What is not given does nothing, whatever the model was saved with.
+    # Of these what is not given does nothing, whatever the model was saved with.
     return found | {
         "do_sample": True,
         "temperature": 1.0 if args.temperature is None else args.temperature,

@@ -149,8 +149,9 @@ def _placed(mask: SparseMask, call: Call, trial: bool) -> tuple[Places | None, R
         return None, None
     if mask.positions is None:
         raise ValueError(
-            f"{call.pattern} sees far keys at other places, which a model does that hf_sparse.patch_model or "
-            f"hf_sparse.load has prepared; attn_implementation={PREFIX + call.pattern.name!r} alone does not"
+            f"{call.pattern} sees far keys at other places, for which hf_sparse.patch_model or hf_sparse.load prepares "
+            f"a model whose weights are in memory; patch it, before weights are offloaded "
+            f"(attn_implementation={PREFIX + call.pattern.name!r} alone does not prepare it)"
         )
     return places, mask.positions.rotations.get(call.layer)
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
 )
 
-from ..patterns import Pattern
+from ..patterns import Pattern, get_pattern
 from ..patterns.places import Place
 from ..plan import Constraint, Segments
 from ..plan.held import SLACK, Held, extend, take_back, take_rows
@@ -28,7 +28,7 @@ from .cache_layer import LinearAndSparseLayer, SparseLayer
 from .describe import layer_constraint
 from .global_projections import projecting
 from .placing import Positions
-from .stored_settings import SparseSettings, layer_count, query_heads
+from .stored_settings import SparseSettings, key_sources, layer_count, query_heads
 
 _ALWAYS = 2**62  # of the tokens seen nothing is ever dropped
 _REPLACED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer)
@@ -54,17 +54,23 @@ class CacheCall:
 class SparseCache(Cache):
     """A cache whose layers hold what the pattern of a model leaves to be seen; see `make_cache`.
 
-    A layer with a sliding window or chunks of the model's own holds what both leave to be seen. Linear states, latents
-    and other kinds of layers are the model's own.
+    A layer with a sliding window or chunks of the model's own holds what both leave to be seen. Latents (MLA) are held
+    as keys are. Linear states and other kinds of layers are the model's own.
     """
 
-    def __init__(self, layers: list[Any], settings: SparseSettings, config: Any, most: int | None) -> None:
+    # No limit: peft asks caches other than transformers' own before it puts a prefix in their place.
+    max_cache_len = -1
+
+    def __init__(
+        self, layers: list[Any], sources: list[int], settings: SparseSettings, config: Any, most: int | None
+    ) -> None:
         """Make a cache of these layers.
 
+        sources: for each layer the one whose keys it attends to.
         most: the farthest place of a query, where every layer's pattern keeps rotary positions bounded; else None.
         """
         super().__init__(layers=layers)
-        self.settings = settings
+        self.settings, self._sources = settings, sources
         self._own = [layer for layer in layers if isinstance(layer, SparseLayer)]
         self._accounts = list({id(layer.account): layer.account for layer in self._own}.values())
         self._most = most
@@ -89,6 +95,11 @@ class SparseCache(Cache):
     def kept(self) -> int:
         """Tokens of which some layer holds keys: those of the layer that holds most."""
         return max((layer.held.length for layer in self._own if layer.held is not None), default=0)
+
+    def text_lengths(self) -> list[int]:
+        """Return of each row how many of the tokens seen are no padding."""
+        entries = self._tokens.segments.entries
+        return [entry.end for entry in entries for _ in range(entry.rows.start, entry.rows.stop)]
 
     def check(self, settings: SparseSettings, config: Any, batch: int) -> None:
         """Raise ValueError unless the cache fits this model, its present pattern, and a call of `batch` rows."""
@@ -133,9 +144,8 @@ class SparseCache(Cache):
             for account in self._accounts
         }
         self._coming = coming, base
-        layers = [
-            steps[id(layer.account)].call if isinstance(layer, SparseLayer) else None for layer in self.layers
-        ]
+        read = [self.layers[source] for source in self._sources]
+        layers = [steps[id(layer.account)].call if isinstance(layer, SparseLayer) else None for layer in read]
         return CacheCall(coming.segments, tuple(layers), base, self._take_far_keys)
 
     def end(self) -> None:
@@ -177,16 +187,19 @@ class SparseCache(Cache):
             layer.keep(kept[id(layer.account)])
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        self._select(beam_idx.tolist())
+        if self._tokens.length:
+            rows = beam_idx.tolist()
+            self._tokens = take_rows(self._tokens, rows)
+            for account in self._accounts:
+                account.select(rows)
         super().reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(torch.arange(self._tokens.segments.batch)[indices.cpu()].tolist())
-        super().batch_select_indices(indices)
+        if self._tokens.length:  # which layers of hybrids can only do as a new order
+            self.reorder_cache(torch.arange(self._tokens.segments.batch)[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select([row for row in range(self._tokens.segments.batch) for _ in range(repeats)])
-        super().batch_repeat_interleave(repeats)
+        self.reorder_cache(torch.arange(self._tokens.segments.batch).repeat_interleave(repeats))
 
     def stop_recording(self) -> None:
         """Drop keys again as soon as no token can see them, after `activate_past_recording`."""
@@ -204,20 +217,15 @@ class SparseCache(Cache):
         layer = self.layers[index]
         return layer.take_far_keys() if isinstance(layer, SparseLayer) else None
 
-    def _select(self, rows: list[int]) -> None:
-        if self._tokens.length:
-            self._tokens = take_rows(self._tokens, rows)
-            for account in self._accounts:
-                account.select(rows)
-
     def _next_base(self, coming: Segments, q_len: int) -> int:
         """Return the base that keeps rotary positions small, where every layer's pattern bounds them.
 
         Angles of large positions are inexact; keys of the tail are turned back together, once in a window. It waits
         for every row to have its first keys among the columns: in a tail, as long as tokens are recorded and in a row
-        that is mostly padding, they would be turned too, and these have to stay at their own places.
+        that is mostly padding, they would be turned too, and these have to stay at their own places. The shortest row
+        counts: some models do to queries what is not defined at positions below 0 (Ministral 3).
         """
-        first = max(segment.length for segment in coming.entries) - q_len
+        first = min(segment.length for segment in coming.entries) - q_len
         if self._most is None or first - self._base <= 2 * self._most + SLACK:
             return self._base
         held = [account.held.segments.entries for account in self._accounts if account.held is not None]
@@ -243,12 +251,17 @@ def cache_for(settings: SparseSettings, config: Any, positions: Positions | None
     accounts: dict[Any, Account] = {}
     layers: list[Any] = []
     most: list[int | None] = []
+    sources = key_sources(config)
     for index, stock in enumerate(_stock_layers(config)):
         pattern = settings.pattern_at(index)
         # Global queries with projections of their own look at every token.
         own = type(stock) in _REPLACED and projecting(pattern, index, heads) is None
-        if isinstance(stock, DynamicLayer):
-            most.append(_farthest(pattern, index) if own and rotations else None)
+        borrows = sources[index] != index
+        if isinstance(stock, DynamicLayer) or borrows:
+            most.append(_farthest(pattern, index) if rotations and (own or borrows) else None)
+        readers = [reader for reader, source in enumerate(sources) if source == index]
+        if len(readers) > 1 and (pattern.per_layer or len({settings.pattern_at(r) for r in readers}) > 1):
+            pattern = get_pattern("full")  # holds what any of them may see
         if not own:
             layers.append(stock)
             continue
@@ -260,9 +273,8 @@ def cache_for(settings: SparseSettings, config: Any, positions: Positions | None
         else:
             layers.append(SparseLayer(account, rotations.get(index), stock.is_sliding))
     bounded = [m for m in most if m is not None]
-    return SparseCache(
-        layers, settings, config, max(bounded) if bounded and len(bounded) == len(most) else None
-    )
+    farthest = max(bounded) if bounded and len(bounded) == len(most) else None
+    return SparseCache(layers, sources, settings, config, farthest)
 
 
 def _stock_layers(config: Any) -> list[Any]:

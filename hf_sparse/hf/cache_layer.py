@@ -114,15 +114,9 @@ class SparseLayer(DynamicLayer):
             self._follow()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
         if self.buffers:
-            rows = torch.arange(len(self.buffers[0]), device=self.buffers[0].device)
-            self._select(rows.repeat_interleave(repeats))
+            self.buffers = [buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self.buffers]
+            self._follow()
 
     def offload(self) -> None:
         self.buffers = [buffer.to("cpu", non_blocking=True) for buffer in self.buffers]
@@ -132,11 +126,6 @@ class SparseLayer(DynamicLayer):
         if self.is_initialized:
             self.buffers = [buffer.to(self.device, non_blocking=True) for buffer in self.buffers]
             self._show()
-
-    def _select(self, rows: Tensor) -> None:
-        if self.buffers:
-            self.buffers = [buffer.index_select(0, rows.to(buffer.device)) for buffer in self.buffers]
-            self._follow()
 
     def _follow(self) -> None:
         """Hold what the account says, once it and the buffers have changed alike."""

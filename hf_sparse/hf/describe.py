@@ -53,6 +53,9 @@ def describe(model: nn.Module, seq_len: int | None = None) -> str:
     lines += _native(current.pattern, config)
     lines += _globals(current.pattern)
     lines.append(_cost(list(costs.values()), [costs[layer] for layer in sparse], length, is_causal(base)))
+    if is_causal(base):
+        held = sum(cost.kv_bytes_held for cost in costs.values())
+        lines.append(f"cache     holds {held / 2**20:.3g} MiB of keys and values after {length:,} tokens")
     return "\n".join(lines)
 
 

@@ -38,6 +38,7 @@ def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         _refuse_left_over(kwargs.get(GLOBALS), cache, implementation)
         return None
     settings = settings_for(config)
+    _settle_interrupted(module, cache)
     new = argument(module, args, kwargs, "input_ids")
     new = argument(module, args, kwargs, "inputs_embeds") if new is None else new
     if new is None:  # the model will say so itself
@@ -46,8 +47,11 @@ def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     mask = argument(module, args, kwargs, "attention_mask")
     seen = 0 if cache is None else int(cache.get_seq_length())
     _check_cache(cache, settings, config, batch, seen, q_len)
+    position_ids = argument(module, args, kwargs, "position_ids")
     _check_mask(mask, cache, batch, seen, q_len)
-    _check_table(module, argument(module, args, kwargs, "position_ids"), seen + q_len)
+    if isinstance(cache, SparseCache) and seen:
+        _check_seen(mask, position_ids, cache, seen, q_len)
+    _check_table(module, position_ids, seen + q_len)
     if not settings.pattern.takes_globals:
         refuse_globals(module, args, kwargs)
     flags = global_flags(settings.pattern, module, args, kwargs) if settings.pattern.takes_globals else None
@@ -55,9 +59,7 @@ def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
     call = None
     if isinstance(cache, SparseCache):
-        two_d = isinstance(mask, Tensor) and mask.ndim == 2
-        real = mask[:, seen : seen + q_len] != 0 if two_d else None
-        call = cache.begin(batch, q_len, real, None if flags is None else flags[:, seen:])
+        call = cache.begin(batch, q_len, _real(mask, seen, q_len), None if flags is None else flags[:, seen:])
     forward = Forward(module, flags, call, positions_of(module), cache)
     running_forwards().append(forward)
     if forward.positions is not None and forward.positions.placed:
@@ -102,6 +104,14 @@ def add_forward_hooks(model: PreTrainedModel) -> None:
     owner = mask_owner(model)
     add_hook(owner, begin_forward)
     add_hook(owner, end_forward, after=True)
+
+
+def _settle_interrupted(module: nn.Module, cache: Any) -> None:
+    """End a forward pass that Ctrl-C has stopped: PyTorch then skips the hook after it."""
+    stack = running_forwards()
+    stack[:] = [forward for forward in stack if forward.module is not module]
+    if isinstance(cache, SparseCache):
+        cache.end()
 
 
 def _self_attention(cache: Any) -> Any:
@@ -156,6 +166,57 @@ def _check_mask(mask: Any, cache: Any, batch: int, seen: int, q_len: int) -> Non
         )
 
 
+def _check_seen(mask: Any, position_ids: Any, cache: SparseCache, seen: int, q_len: int) -> None:
+    """Raise ValueError where the call contradicts what the cache has seen: its padding, or how many tokens it was.
+
+    A decoding step is asked for neither where that would mean to look at a mask of all tokens seen, or at a device.
+    """
+    if q_len == 0:
+        raise ValueError(
+            f"the call has no new token: a text that goes on from a cache of {seen} tokens has to be longer than that; "
+            f"give the whole text, or an empty cache"
+        )
+    starts = mask is None and q_len > 1 and isinstance(position_ids, Tensor) and position_ids.ndim == 2
+    if starts and (first := int(position_ids[0, 0])) < seen:
+        raise ValueError(
+            f"position_ids begin at {first} but the cache has seen {seen} tokens, so that these would be read twice; "
+            f"give a text that is longer than that, or an empty cache, as assisted decoding in transformers needs in "
+            f"any case"
+        )
+    held = cache.text_lengths()
+    if mask is None:
+        given = [seen] * len(held)
+    elif isinstance(mask, Tensor) and mask.ndim == 2 and q_len > 1:
+        given = (mask[:, :seen] != 0).sum(-1).tolist()
+    else:
+        return
+    for row, (now, before) in enumerate(zip(given, held, strict=True)):
+        if now != before:
+            raise ValueError(
+                f"of the {seen} tokens seen in row {row}, {before} were real by the masks of earlier calls but {now} "
+                f"are by this call's attention_mask (all, where there is none); pass those masks, and 0 or 1 for each "
+                f"new token behind them"
+            )
+
+
+def _real(mask: Any, seen: int, q_len: int) -> Tensor | None:
+    """Return which of the new tokens are no padding, [B, Q] bool; None where all are."""
+    if isinstance(mask, dict):  # one for each kind of layer; they agree on the tokens
+        mask = next(iter(mask.values()), None)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, seen : seen + q_len] != 0
+    if not isinstance(mask, SparseMask) or mask.segments.is_whole:
+        return None
+    real = torch.zeros((mask.segments.batch, q_len), dtype=torch.bool)
+    for segment in mask.segments.entries:
+        real[segment.rows, segment.queries(q_len, mask.k_len)] = True
+    return real
+
+
+def _is_padded(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask == 0).any())
+
+
 def _check_table(module: nn.Module, position_ids: Any, total: int) -> None:
     """Raise ValueError where a token lies past the last learned position."""
     own = positions_of(module)
@@ -184,12 +245,12 @@ def _place(
         tokens = tokens[:1] if call.tokens.is_whole else tokens
     elif isinstance(mask, SparseMask):
         tokens = new_tokens(mask.segments, q_len)
+    elif given is not None and seen == 0 and not _is_padded(mask):  # packed samples restart
+        tokens = given
     elif isinstance(mask, Tensor) and mask.ndim == 2:
         tokens = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen : seen + q_len]
-    elif given is not None and seen == 0:  # packed samples restart
-        tokens = given
     else:
         tokens = torch.arange(seen, seen + q_len)[None]
-    forward.tokens = tokens
+    forward.tokens = tokens if given is None else given  # which a cache has to refuse where they restart
     ids = place_ids(positions, tokens, base).to(new.device, non_blocking=True)
     return with_argument(module, args, kwargs, "position_ids", ids)

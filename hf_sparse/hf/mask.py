@@ -32,7 +32,7 @@ class SparseMask(StandIn):
     base: the position in its sequence of the token at rotary position 0.
     far_keys: gives a layer's keys as far queries see them, where its cache holds them so; see `CacheCall`.
     positions: how the model is told the places of tokens, where it has been prepared.
-    tokens: [B or 1, Q] int64, where the new tokens are in their samples; None where the call's position_ids say so.
+    tokens: [B or 1, Q] int64, the caller's position_ids, or places of new tokens, where the model is given others.
     memo: what the layers of one forward pass share.
     """
 
@@ -90,6 +90,17 @@ class SparseMask(StandIn):
         self.memo: dict[Any, Any] = {}
         self._recovered: tuple[Tensor, Segments] | None = None
         self._chosen: tuple[Segments, Segments] | None = None
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the mask of the last queries, with which alone Gemma 4 goes on; anything else as of a tensor."""
+        rows = index[2] if isinstance(index, tuple) and len(index) == 4 else None
+        count = -rows.start if isinstance(rows, slice) and isinstance(rows.start, int) else -1
+        if count < 0 or index != (slice(None), slice(None), slice(-count, None), slice(None)):
+            return super().__getitem__(index)
+        copy: SparseMask = self.to()
+        copy.q_len, copy.memo = min(self.q_len, count) or self.q_len, {}  # the last 0 are all
+        copy.shape = torch.Size((self.shape[0], 1, copy.q_len, self.shape[-1]))
+        return copy
 
     def of(self, forward: Forward) -> SparseMask:
         """Return a copy that knows what the call brings along."""
@@ -159,7 +170,7 @@ class Forward:
     call: what its cache says of the keys, where that is one of ours.
     positions: how the model is told the places of tokens.
     cache: the cache it was given, if any.
-    tokens: [B or 1, Q] int64, where the new tokens are in their samples; None where its position_ids say so.
+    tokens: [B or 1, Q] int64, the caller's position_ids, or places of new tokens, where the model is given others.
     """
 
     module: nn.Module

@@ -86,6 +86,17 @@ def layer_count(config: Any) -> int:
     return int(getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None) or 0)
 
 
+def key_sources(config: Any) -> list[int]:
+    """Return for each layer the one whose keys it attends to: itself, but for the last layers of Gemma 3n and 4."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None:
+        return list(range(layer_count(config)))
+    stored = {config.layer_types[index]: index for index, mode in enumerate(modes) if mode == "store"}
+    return [
+        stored[config.layer_types[index]] if mode == "reuse" else index for index, mode in enumerate(modes)
+    ]
+
+
 @functools.lru_cache(maxsize=256)
 def _check_fit(pattern: Pattern, heads: int, layers: int) -> None:
     pattern.check_fit(heads, layers)

@@ -9,6 +9,7 @@ import numpy as np
 from ..patterns.base import Pattern
 from .constraint import Constraint
 from .plan import Plan, make_plan
+from .retention import Retention
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Cost:
     flops: floating-point operations of the two products of the forward pass, all heads (4 * head_dim per pair).
     kv_bytes_per_step: bytes of keys and values read to decode one token after n tokens; what several query heads of a
         key head read counts once.
+    kv_bytes_held: bytes of keys and values that a cache has to hold after n tokens; all of them without causality.
     """
 
     pairs: float
     dense_pairs: int
     flops: float
     kv_bytes_per_step: float
+    kv_bytes_held: float
 
     @property
     def density(self) -> float:
@@ -58,12 +61,22 @@ def cost(
     kv_heads = heads if kv_heads is None else kv_heads
     plan = make_plan(pattern, constraint, n, n, heads=heads, layer=layer)
     step = make_plan(pattern, constraint, 1, n, heads=heads, layer=layer)
+    token_bytes = 2.0 * head_dim * dtype_bytes
     return Cost(
         pairs=plan.pairs,
         dense_pairs=plan.dense_pairs,
         flops=4.0 * head_dim * heads * plan.pairs,
-        kv_bytes_per_step=2.0 * head_dim * dtype_bytes * _keys_read(step, kv_heads),
+        kv_bytes_per_step=token_bytes * _keys_read(step, kv_heads),
+        kv_bytes_held=token_bytes * kv_heads * _keys_held(pattern, constraint, n, heads, layer),
     )
+
+
+def _keys_held(pattern: Pattern, constraint: Constraint, n: int, heads: int, layer: int) -> int:
+    if not constraint.causal:
+        return n
+    retention = Retention(pattern, constraint, heads, layer)
+    tail = retention.tail(n)
+    return n - tail + int(retention.keeps(np.arange(tail), n).sum())
 
 
 def _keys_read(step: Plan, kv_heads: int) -> float:

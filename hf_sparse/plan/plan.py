@@ -112,7 +112,8 @@ def make_plan(
         return _plan_predicate(pattern, context, constraint, q_len, k_len, first, columns)
     if columns is not None:
         check_drawn(parts, columns)
-    return _plan_parts(parts, constraint, q_len, k_len, heads, first, columns)
+    make = _plan_step if q_len == 1 else _plan_parts
+    return make(parts, constraint, q_len, k_len, heads, first, columns)
 
 
 @lru_cache(maxsize=256)
@@ -137,8 +138,21 @@ def _plan_parts(
             for numbers, own in by_head(parts, heads)
         )
 
-    reads = reads_of(parts, constraint, k_len, heads, first, columns) if q_len == 1 else None
-    return Plan(heads, q_len, k_len, first, constraint, groups, reads, columns)
+    return Plan(heads, q_len, k_len, first, constraint, groups, columns=columns)
+
+
+@lru_cache(maxsize=32)  # the next step has another plan, and the lists of one may be long
+def _plan_step(
+    parts: tuple[Part, ...],
+    constraint: Constraint,
+    q_len: int,
+    k_len: int,
+    heads: int,
+    first: int,
+    columns: Columns | None,
+) -> Plan:
+    reads = reads_of(parts, constraint, k_len, heads, first, columns)
+    return replace(_plan_parts(parts, constraint, q_len, k_len, heads, first, columns), reads=reads)
 
 
 def _head_plan(

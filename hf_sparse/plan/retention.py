@@ -84,11 +84,11 @@ def _reach(part: Part, n: int) -> int:
     if part.start is None or part.queries is not None or isinstance(part.keys, Drawn):
         return 0
     low = max(part.start.at(n), 0)
-    if isinstance(part.keys, Residue):
-        # The next query of a key's own residue may be as much as a stride away.
-        keys = np.arange(low, low + part.keys.stride)
-        seen = part.start.at(n + (keys - n) % part.keys.stride) <= keys
-        low += int(np.argmax(seen)) if seen.any() else part.keys.stride
+    if isinstance(part.keys, Residue) and part.start.div == 1:
+        stride = part.keys.stride
+        # Where the next query on its residue sees the first key no more, the first one that query n sees comes first.
+        if part.start.at(n + (low - n) % stride) > low:
+            low += (n - low) % stride
     return min(low, n)
 
 

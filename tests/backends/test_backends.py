@@ -89,21 +89,6 @@ def test_the_future_does_not_leak(name, backend):
     assert not torch.equal(before[:, :, t], after[:, :, t])
 
 
-@pytest.mark.parametrize("name", PATTERNS)
-def test_prefill_in_chunks_and_token_by_token_equal_one_pass(name):
-    shape = Shape(4, 2, 90, 90)
-    q, k, v, _ = (x.detach() for x in tensors(shape))
-    whole = attend(q, k, v, call_of(name), backend="torch")
-    for step in (1, 17, 64):
-        parts = []
-        for start in range(0, shape.k_len, step):
-            stop = min(start + step, shape.k_len)
-            parts.append(
-                attend(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], call_of(name), backend="torch")
-            )
-        assert_close(torch.cat(parts, 2), whole, atol=1e-12, rtol=1e-12)
-
-
 def test_a_row_with_no_key_is_exactly_zero_with_finite_gradients():
     shape = Shape(2, 1, 40, 40)
     batch, labels = segments("left", shape)
@@ -244,6 +229,7 @@ def test_segments_of_another_batch_are_refused():
         ({"softcap": 0.0}, "softcap must be above 0, or None for no cap, got 0.0"),
         ({"dtype": torch.int64}, "attention takes floating-point tensors, got torch.int64"),
         ({"heads": 0}, "attention needs at least one head of at least one channel"),
+        ({"v_width": 0}, "attention needs at least one head of at least one channel"),
     ],
 )
 def test_calls_that_do_not_fit_are_refused(change, message):
@@ -257,7 +243,7 @@ def test_calls_that_do_not_fit_are_refused(change, message):
         **change,
     }
     q = torch.zeros(1, given["heads"], given["q_len"], given["width"], dtype=given.get("dtype"))
-    k = v = torch.zeros(1, 2, 10, 8)
+    k, v = (torch.zeros(1, 2, 10, width) for width in (8, given.get("v_width", 8)))
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         attend(
             q,

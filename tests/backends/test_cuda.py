@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from benchmarks.timing import compiled
 from hf_sparse import Pattern, available_patterns, get_pattern
 from hf_sparse.backends import Call, attend
-from hf_sparse.plan import Constraint
+from hf_sparse.plan import Constraint, Segments
 
 from .cases import PATTERNS, SHAPES, Shape, call_of, oracle, run, segments, tensors, truth, written_mask
 
@@ -29,6 +29,7 @@ pytestmark = [
 
 STARTED = time.monotonic()
 READY = ("cuda_flash", "torch")  # backends that compile nothing
+DENSE = ("full", "layered", "rerope", "self_extend")  # by default, in some layer at least
 OUTPUTS = ("out", "dq", "dk", "dv")
 # Options that leave something out in a few hundred tokens, the most wanted patterns first.
 SMALL = {
@@ -163,7 +164,7 @@ def test_lengths_share_kernels(name):
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, backend) for backend in READY for name in NAMES if name not in ("full", "layered")]
+    [(name, backend) for backend in READY for name in NAMES if name not in DENSE]
     + [("sliding_window", "flex"), ("bigbird", "flex")],
 )
 def test_memory_grows_with_the_length_only(name, backend):
@@ -177,6 +178,21 @@ def test_memory_grows_with_the_length_only(name, backend):
     torch.cuda.reset_peak_memory_stats()
     attention(backend, given, call)
     assert torch.cuda.max_memory_allocated() - before < n * n // 2  # half a byte per pair; inputs are 12 MiB
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "longformer", "bigbird"])
+def test_a_step_of_rows_that_are_padded_differently_waits_for_nothing(name):
+    labels = torch.zeros(3, 700, dtype=torch.long)
+    labels[0, :100], labels[1, -1] = -1, -1  # of the second row no token is a query
+    padded = Segments.from_labels(labels)
+    q, k, v, _ = (x.detach().cuda() for x in tensors(Shape(4, 2, 1, 700, batch=3), torch.float32))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = attend(q, k, v, Call(pattern_of(name, 700)), padded, "torch")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = attend(q, k, v, Call(pattern_of(name, 700)), padded, "reference")
+    assert_close(out, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -289,25 +289,11 @@ def test_layers_that_see_different_keys_share_nothing():
         assert_close(attend(q, k, v, call, segments, "torch"), attend(q, k, v, call, segments, "reference"))
 
 
-@pytest.mark.parametrize("name", ["window", "longformer", "per-head", "bigbird", "strided", "two-draws"])
-def test_gradients_of_a_step(name):
-    q, k, v, grad = tensors(Shape(4, 2, 1, 70))
-    gradients = []
-    for backend in ("torch", "reference"):
-        out = attend(q, k, v, Call(PATTERNS[name]), backend=backend)
-        gradients.append(torch.autograd.grad(out, (q, k, v), grad))
-    for a, b in zip(*gradients, strict=True):
-        assert_close(a, b, atol=1e-12, rtol=1e-12)
-
-
 @pytest.mark.parametrize("name", ["window", "longformer", "per-head", "bigbird"])
-def test_a_step_with_softcap_or_dropout(name):
+def test_a_step_with_dropout(name):
     q, k, v, _ = (x.detach() for x in tensors(Shape(4, 2, 1, 70)))
-    call = Call(PATTERNS[name], softcap=1.5)
-    got, want = (attend(q, k, v, call, backend=backend) for backend in ("torch", "reference"))
-    assert_close(got, want, atol=1e-12, rtol=1e-12)
-    dropped = []
+    without, dropped = attend(q, k, v, Call(PATTERNS[name]), backend="torch"), []
     for _ in range(2):
         torch.manual_seed(3)
         dropped.append(attend(q, k, v, Call(PATTERNS[name], dropout=0.5), backend="torch"))
-    assert torch.equal(*dropped) and not torch.equal(dropped[0], want)
+    assert torch.equal(*dropped) and not torch.equal(dropped[0], without)

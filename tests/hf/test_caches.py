@@ -78,7 +78,7 @@ def test_every_architecture_gives_the_logits_of_no_cache(name, pattern):
 
 @others
 def test_every_architecture_gives_the_tokens_of_no_cache(name, pattern):
-    check_tokens(decoder(name, pattern), ("ours", "dynamic"))
+    check_tokens(decoder(name, pattern), ("dynamic",))  # ours is what generate makes
 
 
 def fits(name, pattern):

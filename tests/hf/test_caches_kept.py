@@ -91,6 +91,21 @@ def test_a_cache_can_be_reset_and_filled_again():
     torch.testing.assert_close(got, logits(model, second, use_cache=False), **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["llama", "falcon_h1", "lfm2"])
+def test_rows_are_chosen_and_repeated(name):
+    """As contrastive search does; transformers' own caches of hybrids cannot."""
+    model, ids = decoder(name, PLACED), tokens(3, 30)
+    for rows in (torch.tensor([2, 0]), torch.tensor([True, False, True])):
+        cache = hf_sparse.make_cache(model)
+        fed(model, ids[:, :20], cache, (20,))
+        cache.batch_select_indices(rows)
+        cache.batch_repeat_interleave(2)
+        chosen = ids[rows].repeat_interleave(2, 0)
+        got = fed(model, chosen[:, 20:], cache, (1,) * 10)
+        expected = logits(model, chosen, use_cache=False)[:, 20:]
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_tokens_are_taken_back_where_their_keys_are_there(count):
     model, ids = decoder("llama", PLACED), tokens(2, 30)

@@ -130,6 +130,24 @@ def test_packed_samples_under_learned_places(name):
     torch.testing.assert_close(packed, alone, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["llama", *LEARNED])
+def test_a_mask_without_padding_hides_no_packed_samples(name):
+    model, ids = decoder(name, PATTERN), tokens(1, 39)
+    alone = torch.cat([logits(model, x, use_cache=False) for x in ids.split((25, 14), 1)], 1)
+    packed = {"position_ids": torch.cat((torch.arange(25), torch.arange(14)))[None], "use_cache": False}
+    got = logits(model, ids, attention_mask=torch.ones_like(ids), **packed)
+    torch.testing.assert_close(got, alone, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", *LEARNED])
+def test_padding_counts_more_than_position_ids(name):
+    model, rows = decoder(name, PATTERN), left_padded((0, 6), 30)
+    ids, mask = rows["input_ids"], rows["attention_mask"]
+    got = logits(model, ids, attention_mask=mask, position_ids=torch.arange(30)[None], use_cache=False)
+    expected = logits(model, ids, attention_mask=mask, use_cache=False)
+    torch.testing.assert_close(got[mask == 1], expected[mask == 1], **CLOSE)
+
+
 @pytest.mark.parametrize(
     "pattern",
     [

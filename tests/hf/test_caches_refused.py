@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 import hf_sparse
 from hf_sparse import SlidingWindow, StreamingLLM, Strided
+from hf_sparse.hf.mask import running_forwards
 from hf_sparse.plan import held
 
 PATTERN = StreamingLLM(sinks=2, window=4)
@@ -150,6 +151,36 @@ def test_a_mask_that_does_not_fit(kind, shape):
     goes_on(model, cache)
 
 
+@pytest.mark.parametrize("length", [20, 12, 25])
+def test_a_text_that_the_cache_has_seen_already(length):
+    """transformers then hands in the whole text again, or its end, or nothing."""
+    model = decoder("llama", PATTERN)
+    cache = filled(model)
+    if length == 25:
+        refused(model, "no new token", lambda: logits(model, IDS[:, :0], past_key_values=cache))
+    else:
+        text = IDS[:, :length]
+        refused(model, "would be read twice", lambda: model.generate(text, past_key_values=cache, **GREEDY))
+    goes_on(model, cache)
+
+
+def test_padding_that_contradicts_what_the_cache_has_seen():
+    model, mask = decoder("llama", PATTERN), torch.ones(2, 24, dtype=torch.long)
+    mask[1, :6] = 0
+    ids = IDS.masked_fill(torch.nn.functional.pad(mask, (0, 16), value=1) == 0, 1)
+    whole = logits(model, ids[:, :24], attention_mask=mask, use_cache=False)
+    cache = hf_sparse.make_cache(model)
+    fed(model, ids[:, :20], cache, (20,), mask)
+    match = "of the 20 tokens seen in row 1, 14 were real by the masks of earlier calls but 20 are"
+    new = ids[:, 20:24]
+    refused(model, match, lambda: logits(model, new, past_key_values=cache))
+    ones = {"attention_mask": torch.ones_like(mask)}
+    refused(model, match, lambda: logits(model, new, past_key_values=cache, **ones))
+    refused(model, match, lambda: model.generate(ids[:, :24], past_key_values=cache, **ones, **GREEDY))
+    got = logits(model, new, past_key_values=cache, attention_mask=mask)
+    torch.testing.assert_close(got, whole[:, 20:], **CLOSE)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_another_number_of_rows(rows):
     model = decoder("llama", PATTERN)
@@ -208,8 +239,33 @@ def test_a_forward_that_stops_before_the_first_layer():
     goes_on(model, cache)
 
 
-def test_packed_samples_cannot_be_continued():
+@pytest.mark.parametrize("where", ["embed_tokens", "layers.1"])
+def test_an_interrupt_in_the_middle(where):
+    """After KeyboardInterrupt PyTorch runs no hook; the next call must know nevertheless."""
     model = decoder("llama", PATTERN)
+    cache = filled(model)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    hook = model.model.get_submodule(where).register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model, IDS[:, 20:21], past_key_values=cache)
+    hook.remove()
+    if where == "layers.1":
+        for _ in range(2):
+            refused(
+                model, "stopped in the middle", lambda: logits(model, IDS[:, 20:21], past_key_values=cache)
+            )
+        cache.reset()
+        fed(model, IDS[:, :20], cache, (20,))
+    goes_on(model, cache)
+    assert not running_forwards()
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, PLACED], ids=str)
+def test_packed_samples_cannot_be_continued(pattern):
+    model = decoder("llama", pattern)
     cache = hf_sparse.make_cache(model)
     restart = torch.cat((torch.arange(12), torch.arange(8)))[None]
     with pytest.raises(ValueError, match="position_ids restart"):

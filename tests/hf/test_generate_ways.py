@@ -170,13 +170,13 @@ def test_a_pipeline_generates_the_same_text(tiny_model, tiny_tokenizer):
     )
 
 
+@pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("pattern", [PATTERNS[0], PLACED], ids=str)
-def test_a_static_cache_that_generate_makes(pattern):
+def test_a_static_cache_that_generate_makes(pattern, beams):
     model, rows = decoder("llama", pattern), left_padded()
     static = {"cache_implementation": "static", "disable_compile": True}
-    assert torch.equal(
-        model.generate(**rows, **static, **GREEDY), model.generate(**rows, use_cache=False, **GREEDY)
-    )
+    expected = model.generate(**rows, use_cache=False, num_beams=beams, **GREEDY)
+    assert torch.equal(model.generate(**rows, **static, num_beams=beams, **GREEDY), expected)
 
 
 @pytest.mark.slow
@@ -220,6 +220,46 @@ def test_a_lora_model_generates_the_same():
     assert torch.equal(out.sequences, expected) and isinstance(out.past_key_values, SparseCache)
     cache = hf_sparse.make_cache(model)
     assert torch.equal(model.generate(**rows, past_key_values=cache, **GREEDY), expected)
+
+
+def test_guidance_reads_a_second_text_beside_the_first():
+    model, rows, other = decoder("llama", PLACED), left_padded((0, 6)), left_padded((2, 0), 9, seed=5)
+    ways = {
+        "guidance_scale": 1.7,
+        "negative_prompt_ids": other["input_ids"],
+        "negative_prompt_attention_mask": other["attention_mask"],
+        **GREEDY,
+    }
+    expected = model.generate(**rows, use_cache=False, **ways)
+    assert torch.equal(model.generate(**rows, **ways), expected)
+    assert torch.equal(model.generate(**rows, past_key_values=hf_sparse.make_cache(model), **ways), expected)
+
+
+def test_embeddings_instead_of_ids():
+    model, rows = decoder("llama", PLACED), left_padded((0, 6))
+    given = {
+        "inputs_embeds": model.get_input_embeddings()(rows["input_ids"]).detach(),
+        "attention_mask": rows["attention_mask"],
+    }
+    out = model.generate(**given, return_dict_in_generate=True, **GREEDY)
+    assert isinstance(out.past_key_values, SparseCache)
+    assert torch.equal(out.sequences, model.generate(**given, use_cache=False, **GREEDY))
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*:UserWarning")
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_tuned_prefix_goes_into_a_cache_of_peft(pattern):
+    from peft import PrefixTuningConfig, get_peft_model
+
+    config = PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    model, ids = get_peft_model(decoder("llama", pattern), config).eval(), tokens(2, 17)
+    with torch.no_grad():
+        for parameter in model.prompt_encoder.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(3))
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **GREEDY)
+        best = model(input_ids=out).logits[:, 16:-1]
+    best[..., NEW["suppress_tokens"]] = -torch.inf
+    assert torch.equal(best.argmax(-1), out[:, 17:])
 
 
 def test_two_threads_generate_at_once():

@@ -150,5 +150,7 @@ def test_a_mask_shorter_than_the_cache_is_refused():
     ids = tokens(1, 9)
     with torch.no_grad():
         cache = model(ids[:, :8]).past_key_values
-        with pytest.raises(ValueError, match=r"attention_mask is \[1, 1\] but the call has 1 rows of 9 tokens"):
+        with pytest.raises(
+            ValueError, match=r"attention_mask is \[1, 1\] but the call has 1 rows of 9 tokens"
+        ):
             model(ids[:, 8:], past_key_values=cache, attention_mask=torch.tensor([[0]]))

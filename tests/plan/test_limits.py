@@ -3,6 +3,7 @@
 import gc
 import sys
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hf_sparse import (
     PerHead,
     Random,
     SlidingWindow,
+    Strided,
     available_patterns,
     get_pattern,
 )
@@ -43,7 +45,8 @@ def arrays(x, seen=None) -> int:
 
 
 def forget_plans():
-    for cached in (planning._plan_parts, planning._parts, planning._disjoint, stepping._disjoint_by_head):
+    caches = planning._plan_parts, planning._plan_step, planning._parts, planning._disjoint
+    for cached in (*caches, stepping._disjoint_by_head):
         cached.cache_clear()
 
 
@@ -66,7 +69,6 @@ def rows_seen(monkeypatch) -> list[int]:
 def test_a_plan_for_a_million_tokens_is_small(name, causal):
     pattern = get_pattern(name)
     forget_plans()
-    gc.collect()
     tracemalloc.start()
     try:
         plan = make_plan(pattern, Constraint(causal), N, N, heads=8)
@@ -141,3 +143,13 @@ def test_a_step_does_no_work_for_the_keys_it_does_not_read(name, rows_seen):
     listed = sum(r.listed.nbytes for r in plan.reads if r.listed is not None)
     assert most < 100_000 + 6 * listed
     assert sys.getsizeof(plan.reads) < 1000
+
+
+def test_a_long_text_leaves_few_lists_of_keys_behind():
+    pattern, lists = Strided(stride=3) | Strided(stride=5), []
+    for n in range(3000, 3200):
+        (reads,) = make_plan(pattern, Constraint(), 1, n, heads=8).reads
+        lists.append(weakref.ref(reads.listed))
+    del reads
+    gc.collect()
+    assert sum(kept() is not None for kept in lists) <= 32

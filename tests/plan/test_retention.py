@@ -23,9 +23,10 @@ from hf_sparse import (
     StreamingLLM,
     Strided,
     available_patterns,
+    get_pattern,
 )
 from hf_sparse.patterns.parts import Drawn
-from hf_sparse.plan import Constraint
+from hf_sparse.plan import Constraint, cost
 from hf_sparse.plan.retention import Retention
 
 LENGTH, QUERIES = 24, 24 + 60  # windows of 8 keys with a dilation of 5 reach 40 tokens back, of 4 and 8 32
@@ -134,7 +135,34 @@ def test_bounded_is_what_drops_keys():
     assert [name for name, drops in bounded.items() if not drops] == [str(Strided(stride=4)), str(Full())]
 
 
+@pytest.mark.parametrize("dilation", [2**36, 2**39])
+def test_gaps_that_no_text_reaches_cost_nothing(dilation):
+    retention = Retention(DilatedWindow(window=2, dilation=dilation), Constraint(), 1)
+    assert retention.is_bounded and retention.tail(20) == 0
+    assert retention.tail(3 * dilation + 7) == 2 * dilation + 7
+
+
 def test_what_the_model_hides_is_not_held():
     window, chunk = Retention(Full(), Constraint(window=6), 1), Retention(Full(), Constraint(chunk=8), 1)
     assert [window.tail(n) for n in (3, 20)] == [0, 15] and [chunk.tail(n) for n in (7, 8, 21)] == [0, 8, 16]
     assert not Retention(StreamingLLM(2, 4), Constraint(window=6), 1).keeps(np.arange(2), 20).any()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys"),
+    [
+        (get_pattern("streaming_llm", sinks=4, window=100), 4 + 99),
+        (get_pattern("dilated_window", window=20, dilation=3), 19 * 3),
+        (get_pattern("strided", stride=10, anchor="absolute"), 100),
+        (get_pattern("strided", stride=10), 1000),
+        (get_pattern("sparse_transformer_fixed", block=50, summary=5), 20 * 5),
+    ],
+    ids=str,
+)
+def test_the_cost_of_a_pattern_tells_the_bytes_that_are_held(pattern, keys):
+    told = cost(pattern, 1000, heads=4, kv_heads=2, head_dim=8, dtype_bytes=2)
+    assert told.kv_bytes_held == keys * 2 * 2 * 8 * 2
+    both = cost(
+        pattern, 1000, constraint=Constraint(causal=False), heads=4, kv_heads=2, head_dim=8, dtype_bytes=2
+    )
+    assert both.kv_bytes_held == 1000 * 2 * 2 * 8 * 2

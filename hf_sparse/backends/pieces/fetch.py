@@ -83,7 +83,7 @@ def _of_rows(table: np.ndarray, kv_heads: int, device: torch.device) -> tuple[Fe
     if stop - low <= _WIDEST * table.shape[2]:
         read = np.zeros((*table.shape[:2], stop - low), dtype=bool)
         read[row, head, slots - low] = True
-        allowed = None if read.all() else torch.from_numpy(_by_key_head(read, kv_heads)).to(device)
+        allowed = None if read.all() else _by_key_head(read, kv_heads, device)
         return (Fetch(slice(low, stop), allowed),)
     common = _run_of_all(table)
     rest = np.where((table >= common.start) & (table < common.stop), -1, table)
@@ -104,16 +104,17 @@ def _run_of_all(table: np.ndarray) -> slice:
 
 
 def _gather(table: np.ndarray, kv_heads: int, device: torch.device) -> Fetch:
-    slots = torch.from_numpy(np.ascontiguousarray(_by_key_head(table, kv_heads))).to(device)
+    slots = _by_key_head(table, kv_heads, device)
     if (table < 0).any():
         return Fetch(slots, slots >= 0)
     return Fetch(slots.flatten() if slots.shape[:3].numel() == 1 else slots)
 
 
-def _by_key_head(table: np.ndarray, kv_heads: int) -> np.ndarray:
-    """View a table [R, H or 1, m] as [R, H_kv or 1, G or 1, m]."""
+def _by_key_head(table: np.ndarray, kv_heads: int, device: torch.device) -> Tensor:
+    """Return a table [R, H or 1, m] as a tensor [R, H_kv or 1, G or 1, m]."""
     rows, heads, width = table.shape
-    return table.reshape(rows, kv_heads if heads > 1 else 1, -1, width)
+    by_key_head = table.reshape(rows, kv_heads if heads > 1 else 1, -1, width)
+    return torch.from_numpy(by_key_head).to(device, non_blocking=True)
 
 
 def _slots(segment: Segment, reads: Reads | None, head: int) -> np.ndarray:

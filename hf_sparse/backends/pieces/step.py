@@ -1,7 +1,8 @@
 """One query per sequence, the decoding step: the few keys it reads are scored together for all rows of the batch.
 
 Matrix products read views in place, and lists of keys stay apart until their scores stand in one row: nothing is copied
-but what has to be gathered or, in half precision, widened. A fused operator is no faster for one row of scores.
+but what has to be gathered or, in half precision, widened, and, where several rows meet heads that see different keys,
+what one product cannot read as evenly spaced. A fused operator is no faster for one row of scores.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def _rows(entries: list[Segment], device: torch.device) -> slice | Tensor:
     if all(after.rows.start == before.rows.stop for before, after in pairwise(entries)):
         return slice(entries[0].rows.start, entries[-1].rows.stop)
     numbers = np.concatenate([np.arange(entry.rows.start, entry.rows.stop) for entry in entries])
-    return torch.from_numpy(numbers).to(device)
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)
