@@ -28,6 +28,11 @@ class Fetch:
     slots: slice | Tensor
     allowed: Tensor | None = None
 
+    @property
+    def is_view(self) -> bool:
+        """True where the keys are a view that every row reads whole."""
+        return isinstance(self.slots, slice) and self.allowed is None
+
     def take(self, x: Tensor, rows: slice | Tensor, heads: slice) -> Tensor:
         """Return the tokens of some rows and key heads of x [B, H_kv, K, D] as [R, H_kv, G or 1, m, D]."""
         if isinstance(self.slots, slice):
