@@ -129,9 +129,9 @@ def _attend(
     only = fetches[0][0] if [len(own) for own in fetches] == [1] else None
     if only is not None and only.is_view and call.softcap is None and exact == value.dtype:
         keys, seen = (x[rows, heads.key, only.slots] for x in (views[0].key, value))
-        own_rows = views[0].query[rows, heads.query].reshape(*keys.shape[:2], -1, keys.shape[3])
+        own_rows = views[0].query[rows, heads.query].unflatten(1, (keys.shape[1], -1)).squeeze(3)
         fused = scaled_dot_product_attention(own_rows, keys, seen, scale=scale)
-        return fused.reshape(fused.shape[0], -1, 1, fused.shape[-1])
+        return fused.flatten(1, 2)[:, :, None]
     scores, values = [], []
     for view, own in zip(views, fetches, strict=True):
         query = view.query[rows, heads.query, 0].to(exact)
