@@ -6,9 +6,8 @@ import copy
 import functools
 
 import torch
-import transformers
 from rotary_models import ROTATED
-from tiny_models import _COMMON, _ROPE, DECODERS, logits, tiny, tokens
+from tiny_models import _COMMON, _ROPE, DECODERS, logits, random_model, tiny, tokens
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
@@ -74,15 +73,7 @@ PREFILLS = {"whole": (26,), "chunks": (7, 1, 11, 1, 1, 5), "tokens": (1,) * 26, 
 
 @functools.cache
 def _other(name: str) -> torch.nn.Module:
-    class_name, options = _OTHERS[name]
-    model_class = getattr(transformers, class_name)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.25)
-    return model
+    return random_model(*_OTHERS[name])
 
 
 def decoder(name: str, pattern, **settings) -> torch.nn.Module:

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import transformers
 from caching import CLOSE, caches, fed, left_padded
 from rotary_models import REFUSED
-from tiny_models import _HYBRID, _ROPE, logits
+from tiny_models import _HYBRID, _ROPE, logits, random_model
 
 import hf_sparse
 from hf_sparse import PerLayer, SlidingWindow, SparseTransformerFixed, StreamingLLM
@@ -67,15 +66,7 @@ CASES += [(name, DIFFERENT) for name in ("gemma3n", "gemma4")]
 
 
 def built(name):
-    class_name, options = SPECIFICATIONS[name]
-    model_class = getattr(transformers, class_name)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.25)
-    return model
+    return random_model(*SPECIFICATIONS[name])
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES, ids=str)

@@ -64,17 +64,21 @@ ENCODERS = ["bert", "roberta", "modernbert"]
 DECODERS = [name for name in ALL if name not in ENCODERS]
 
 
-@functools.cache
-def _build(name: str) -> torch.nn.Module:
-    class_name, options = _SPECIFICATIONS[name]
+def random_model(class_name: str, options: dict, seed: int = 0) -> torch.nn.Module:
+    """Return a model of random weights, in evaluation mode."""
     model_class = getattr(transformers, class_name)
-    torch.manual_seed(len(name))
+    torch.manual_seed(seed)
     model = model_class(model_class.config_class(**options))
     with torch.no_grad():  # the default 0.02 makes attention nearly uniform: patterns would hardly show
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.25)
     return model.eval()
+
+
+@functools.cache
+def _build(name: str) -> torch.nn.Module:
+    return random_model(*_SPECIFICATIONS[name], seed=len(name))
 
 
 def tiny(name: str, implementation: str | None = None) -> torch.nn.Module:
