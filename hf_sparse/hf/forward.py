@@ -44,7 +44,10 @@ def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if new is None:  # the model will say so itself
         return None
     batch, q_len = new.shape[:2]
-    mask = argument(module, args, kwargs, "attention_mask")
+    given = argument(module, args, kwargs, "attention_mask")
+    mask = (
+        next(iter(given.values()), None) if isinstance(given, dict) else given
+    )  # kinds of layers agree on the tokens
     seen = 0 if cache is None else int(cache.get_seq_length())
     _check_cache(cache, settings, config, batch, seen, q_len)
     position_ids = argument(module, args, kwargs, "position_ids")
@@ -64,10 +67,10 @@ def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     running_forwards().append(forward)
     if forward.positions is not None and forward.positions.placed:
         args, kwargs = _place(forward, args, kwargs, mask, seen, new)
-    if isinstance(mask, SparseMask):  # made before the forward: static caches, models around the text model
-        args, kwargs = with_argument(module, args, kwargs, "attention_mask", mask.of(forward))
-    elif isinstance(mask, dict):
-        made = {kind: m.of(forward) if isinstance(m, SparseMask) else m for kind, m in mask.items()}
+    if isinstance(given, SparseMask):  # made before the forward: static caches, models around the text model
+        args, kwargs = with_argument(module, args, kwargs, "attention_mask", given.of(forward))
+    elif isinstance(given, dict):
+        made = {kind: m.of(forward) if isinstance(m, SparseMask) else m for kind, m in given.items()}
         args, kwargs = with_argument(module, args, kwargs, "attention_mask", made)
     return args, kwargs
 
@@ -201,8 +204,6 @@ def _check_seen(mask: Any, position_ids: Any, cache: SparseCache, seen: int, q_l
 
 def _real(mask: Any, seen: int, q_len: int) -> Tensor | None:
     """Return which of the new tokens are no padding, [B, Q] bool; None where all are."""
-    if isinstance(mask, dict):  # one for each kind of layer; they agree on the tokens
-        mask = next(iter(mask.values()), None)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask[:, seen : seen + q_len] != 0
     if not isinstance(mask, SparseMask) or mask.segments.is_whole:
@@ -238,8 +239,6 @@ def _place(
     module, call, positions = forward.module, forward.call, forward.positions
     assert positions is not None
     given, q_len, base = argument(module, args, kwargs, "position_ids"), new.shape[1], 0
-    if isinstance(mask, dict):  # one for each kind of layer; they agree on the tokens
-        mask = next(iter(mask.values()), None)
     if call is not None:
         tokens, base = new_tokens(call.tokens, q_len), call.base
         tokens = tokens[:1] if call.tokens.is_whole else tokens
