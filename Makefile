@@ -10,6 +10,8 @@ GPU_MINUTES ?= 9
 GPU_TEST_MINUTES ?= 4
 BENCH_ARGS ?=
 TEST_ARGS ?=
+# Processes that share the tests, each with one thread of PyTorch's.
+TEST_WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,13 +20,14 @@ BENCH_READY := $(VENV)/.ready-bench
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_INSTALL_ARGS)
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow lint bench gpu gpu-tests gpu-bench clean
+.PHONY: help venv demo test slow lint notebooks bench gpu gpu-tests gpu-bench clean
 
 help:
 	@echo "make demo   patch, adapt and measure the embedded model; writes demo/ (minutes)"
 	@echo "make test   the tests, without the slow ones and those for a GPU"
 	@echo "make slow   the slow tests        make gpu   the tests for a GPU, then the benchmarks there (GPU_MINUTES=9)"
 	@echo "make lint   ruff and mypy         make bench ratios against other attentions (BENCH_ARGS=--quick: minutes)"
+	@echo "make notebooks   run the notebooks and keep what they give, pictures included"
 	@echo "make venv   only create .venv     make clean remove .venv, demo/ and caches"
 
 venv: $(READY)
@@ -45,8 +48,11 @@ $(BENCH_READY): $(READY)
 demo: $(READY)
 	$(BIN)/python recipes/demo.py
 
+notebooks: $(READY)
+	$(BIN)/python notebooks/execute.py notebooks/*.ipynb
+
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 1800

@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 import hf_sparse
-from hf_sparse.evaluate.report import write_atomically
+from hf_sparse.evaluate.output_folder import write_atomically
 
 TOKENS, HEADS, COLUMNS = 64, 6, 6
 # Title, pattern, and the query head that is drawn.

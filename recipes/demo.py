@@ -7,11 +7,13 @@
    what the data teaches, so only the rest counts as recovery.
 3. Speed and memory of reading a prompt of 4,096 and of 8,192 tokens.
 
-Writes OUTPUT/table.md, OUTPUT/results.json and OUTPUT/loss_by_position.png, and prints the table.
+Prints the table, and writes it with everything that the evaluation harness makes of the figures into OUTPUT: table.md,
+results.json, CSV files, pictures, and report.html, which holds all of them.
 """
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -25,8 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 import hf_sparse
 from hf_sparse import Longformer, Pattern, SlidingWindow, StreamingLLM, Strided
 from hf_sparse.documents import Document, read_documents, standard_library
-from hf_sparse.evaluate import perplexity, plot_loss_by_position
-from hf_sparse.evaluate.report import write_atomically
+from hf_sparse.evaluate import perplexity, save_results
+from hf_sparse.evaluate.csv_files import as_csv
+from hf_sparse.evaluate.output_folder import check_output_folder, write_atomically
+from hf_sparse.evaluate.plot import check_plot
 from hf_sparse.evaluate.speed import measure_prefill
 from hf_sparse.train import AdaptationArguments, SparseTrainingArguments, prepare, run
 
@@ -50,8 +54,8 @@ def main() -> int:
     logging.disable_progress_bar()
     try:
         output = Path(args.output)
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"--output {output} is a file; give a folder.")
+        check_output_folder("--output", output)
+        check_plot()
         documents = held_out(args)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
@@ -88,10 +92,18 @@ def main() -> int:
     prefills = measure_prefill(model, (None, *PATTERNS), prompts, repeats=2, progress=True)
 
     report = Report(untrained, adapted, prefills, args.steps, time.monotonic() - start)
+    written = save_results(
+        report.result,
+        output,
+        pictures=True,
+        html=True,
+        command=shlex.join(("python", *sys.argv)),
+        sections=[report.section()],
+    )
     write_atomically(output / "table.md", report.table().encode())
-    write_atomically(output / "results.json", report.json(vars(args)).encode())
-    plot_loss_by_position(report.all_runs, output / "loss_by_position.png")
-    print(f"\n{report.table()}\nwritten: {output}/table.md, results.json, loss_by_position.png")
+    write_atomically(output / "prompts.csv", as_csv(report.speeds()).encode())
+    names = ("table.md", "prompts.csv", *(path.name for path in written))
+    print(f"\n{report.table()}\nwritten: {output}/{', '.join(names)}")
     return 0
 
 

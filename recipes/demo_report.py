@@ -1,14 +1,13 @@
-"""The demo's table and results file."""
+"""The demo's table, and what it adds to the report of the evaluation harness."""
 
-import json
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from hf_sparse.evaluate import GapClosed, Result, Run
-from hf_sparse.evaluate.report import adapter_gaps, as_json
+from hf_sparse.evaluate import GapClosed, Result, Run, Section, adapter_gaps
 from hf_sparse.evaluate.speed import Prefill
+from hf_sparse.evaluate.table import memory_text
 
-MIB = 2**20
+Rows = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -23,28 +22,52 @@ class Report:
 
     untrained: Result
     adapted: Result
-    prefills: list[Prefill]
+    prefills: Sequence[Prefill]
     steps: int
     seconds: float
 
     @property
-    def all_runs(self) -> Result:
-        """Every run, on the same tokens."""
-        return replace(self.untrained, runs=(*self.untrained.runs, *self.adapted.runs))
-
-    @property
-    def first_pattern(self) -> Result:
-        """The runs that tell what LoRA won: dense and the first pattern, untrained and trained, and the control."""
-        return replace(self.untrained, runs=(*self.untrained.runs[:2], *self.adapted.runs))
+    def result(self) -> Result:
+        """Every run, on the same tokens: one evaluation for the harness to report."""
+        first, second = self.untrained, self.adapted
+        identity = {**first.identity, "adapted": second.identity}
+        return replace(
+            first,
+            runs=(*first.runs, *second.runs),
+            rows=(*first.rows, *second.rows),
+            identity={**identity, "runs": [*first.identity["runs"], *second.identity["runs"]]},
+        )
 
     @property
     def gap(self) -> GapClosed:
         """What LoRA closed of the first pattern's gap, beyond what it won for the dense control."""
-        ((_, gap),) = adapter_gaps(self.first_pattern)
+        ((_, gap),) = adapter_gaps(self.result)
         return gap
 
     def table(self) -> str:
         """Return the table in Markdown, with what it was measured on below it."""
+        head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in self._rows()]
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+        return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + ["", *self._notes()]) + "\n"
+
+    def section(self) -> Section:
+        """Return the table for the page of the harness."""
+        return Section("The demo's table", self._rows())
+
+    def speeds(self) -> list[dict[str, object]]:
+        """Return a row per prompt; memory in bytes, time in seconds."""
+        return [
+            {
+                "run": prefill.pattern or self.untrained.runs[0].title,
+                "tokens": prefill.length,
+                "seconds": prefill.seconds,
+                "tokens_per_second": prefill.tokens_per_second,
+                "workspace_bytes": prefill.workspace,
+            }
+            for prefill in self.prefills
+        ]
+
+    def _rows(self) -> Rows:
         lengths = sorted({prefill.length for prefill in self.prefills})
         head = ["pattern", "density", "perplexity", "after LoRA", "gap closed"]
         head += [f"tokens/s at {n:,}" for n in lengths] + [f"extra memory at {n:,}" for n in lengths]
@@ -53,31 +76,21 @@ class Report:
             dense.label: self.adapted.find(False, "control")[0],
             first.label: self.adapted.find(True, "adapter")[0],
         }
-        lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+        rows = [tuple(head)]
         for run in self.untrained.runs:
             after = trained.get(run.label)
-            lines.append(
-                [
-                    run.label.replace("|", "\\|"),
+            rows.append(
+                (
+                    run.label,
                     f"{run.density:.1%}",
                     f"{self.untrained.perplexity(run):.3f}",
                     f"{self.untrained.perplexity(after):.3f}" if after else "",
                     str(self.gap) if run is first else "",
                     *(self._speed(run, n) for n in lengths),
                     *(_memory(self._prefill(run, n)) for n in lengths),
-                ]
+                )
             )
-        return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + self._notes()) + "\n"
-
-    def json(self, arguments: dict[str, Any]) -> str:
-        """Return everything measured; losses in nats per token, memory in bytes, times in seconds."""
-        measured = {
-            "untrained": as_json(self.untrained),
-            "adapted": as_json(self.first_pattern),
-            "prefill": [{**asdict(p), "tokens_per_second": p.tokens_per_second} for p in self.prefills],
-            "demo": {"arguments": arguments, "steps": self.steps, "seconds": self.seconds},
-        }
-        return json.dumps(measured, indent=2) + "\n"
+        return rows
 
     def _prefill(self, run: Run, length: int) -> Prefill:
         label = run.label if run.sparse else None
@@ -91,8 +104,7 @@ class Report:
     def _notes(self) -> list[str]:
         result, machine = self.untrained, self.untrained.machine
         return [
-            "",
-            f"{int(result.tokens.sum()):,} tokens of {len(result.text.documents)} held-out documents, each up to "
+            f"{result.text.tokens:,} tokens of {len(result.text.documents)} held-out documents, each up to "
             f"{result.config['max_length']:,}. Density: (query, key) pairs computed as a share of dense attention's, "
             "counted during the run.",
             f"LoRA: {self.steps} steps of 4,096 tokens; the dense row shows the control, trained the same. Gap closed: "
@@ -105,4 +117,4 @@ class Report:
 
 
 def _memory(prefill: Prefill) -> str:
-    return "not measured" if prefill.workspace is None else f"{prefill.workspace / MIB:,.0f} MiB"
+    return "not measured" if prefill.workspace is None else memory_text(prefill.workspace)

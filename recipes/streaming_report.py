@@ -7,9 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hf_sparse.evaluate.output_folder import check_output_folder
+from hf_sparse.evaluate.output_folder import check_output_folder, write_atomically
 from hf_sparse.evaluate.plot import check_plot
-from hf_sparse.evaluate.report import write_atomically
 
 FILLED = 2_000  # tokens after which the default window is full
 SMOOTH = 5  # samples

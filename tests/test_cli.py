@@ -38,7 +38,8 @@ def test_eval_prints_and_writes(tiny_model_folder, texts, tmp_path, capsys):
         and "sliding_window(window=16)" in out
         and "streaming_llm(sinks=2, window=16)" in out
     )
-    assert sorted(os.listdir(out_folder)) == ["loss_by_position.png", "per_document.jsonl", "results.json"]
+    assert {"loss_by_position.png", "per_document.jsonl", "results.csv"} <= set(os.listdir(out_folder))
+    assert "report.html" not in os.listdir(out_folder)
     figures = json.loads((out_folder / "results.json").read_text())
     assert [run["label"] for run in figures["runs"]] == [
         "dense",
@@ -319,4 +320,4 @@ def test_help_names_the_commands(capsys):
             main(arguments)
         assert leaving.value.code == 0
         assert word in capsys.readouterr().out
-    assert set(cli.COMMANDS) == {"eval", "generate", "patterns", "show"}
+    assert set(cli.COMMANDS) == {"compare", "eval", "generate", "lm-eval", "patterns", "probe", "show"}

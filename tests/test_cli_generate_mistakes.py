@@ -56,6 +56,12 @@ def test_mistakes_in_prompts(tiny_model_folder, monkeypatch, capsys):
     assert "a dialogue has no end" in mistake(capsys, tiny_model_folder, *PATTERN, "--cache", "static")
 
 
+def test_a_file_that_is_no_prompt(tiny_model_folder, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text(" \n")
+    for name, words in {"empty.txt": "empty.txt holds no text", "": "is a folder; name a text file"}.items():
+        assert words in mistake(capsys, tiny_model_folder, *PATTERN, "--file", tmp_path / name)
+
+
 def test_an_empty_prompt_without_bos(tiny_model_folder, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     tokenizer.bos_token = None

@@ -65,7 +65,23 @@ def mistake(capsys, *arguments):
             r"unknown pattern 'mine'\. A pattern .* --plugin FILE\.py",
         ),
         (["--pattern", "./none.json"], r"pattern file \./none\.json cannot be read \(No such file"),
-        (["--plot"], r"--plot writes .* name one with --output"),
+        (["--plot"], r"--plot is about the output folder; name one with --output"),
+        (["--report"], r"--report is about the output folder; name one with --output"),
+        (["--overwrite"], r"--overwrite is about the output folder; name one with --output"),
+        (["--mode", "fast"], r"invalid choice: 'fast'"),
+        (["--step", "10"], r"stride=10 goes with mode='strided'"),
+        (
+            ["--mode", "strided", "--step", "40", "--length", "40"],
+            r"stride must be below max_length=40, got 40",
+        ),
+        (["--contexts", "64,x"], r"'64,x' is no list of lengths such as 512,1024,2048"),
+        (["--contexts", "4096"], r"a context of 4096 tokens is beyond max_length=2048"),
+        (["--contexts", "256"], r"must hold more than the 256 that are scored"),
+        (["--key-tokens", "4096"], r"key_tokens=4096 is the short context"),
+        (["--batch-size", "0"], r"batch_size must be a whole number >= 1"),
+        (["--prefill-chunk", "8", "--batch-size", "2"], r"prefill_chunk=8 reads one window at a time"),
+        (["--mask-share", "2"], r"mask_share must be in \(0, 1\], got 2.0"),
+        (["--no-bos", "--bos-each-window"], r"no window gets a BOS token"),
         (["--text", "/nowhere/a.txt"], r"/nowhere/a.txt does not exist"),
         (["--device", "quantum"], r"--device quantum is not usable"),
         (["--control", "/nowhere"], r"--control /nowhere holds no adapter_config.json"),
@@ -80,7 +96,7 @@ def test_mistakes_in_texts(tiny_model_folder, tmp_path, capsys):
     (tmp_path / "latin1.txt").write_bytes("größe".encode("latin1"))
     (tmp_path / "short.txt").write_text("a")
     for name, expected in {
-        "empty": "holds no text",
+        "empty": "2 tokens to score",
         "latin1": "is not UTF-8",
         "short": "2 tokens to score",
     }.items():
@@ -149,7 +165,7 @@ def test_a_checkpoint_with_missing_weights_is_not_filled_with_noise(tiny_model_f
             lambda: BertForMaskedLM(
                 BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
             ),
-            "load a causal decoder|no causal language-model head",
+            "tokenizer has no mask token",
         ),
         (lambda: BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=4)), "Bloom"),
     ],

@@ -1,6 +1,6 @@
 """The recipe and its configs, run as a person runs them."""
 
-import json
+import csv
 import os
 import shutil
 import subprocess
@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_sparse
+from hf_sparse.evaluate.saved_results import read_results
 from hf_sparse.hf import settings
 from hf_sparse.train import AdaptationArguments, ConfigParser, SparseTrainingArguments
 
@@ -127,6 +128,22 @@ def test_the_demo_writes_its_table_results_and_plot(tiny, tmp_path):
     assert len(head) == len(dense) == len(window) == 7  # one prompt length: the other is beyond its positions
     assert dense[:2] == ["| dense", "100.0%"] and window[0] == "| sliding_window(window=128)"
     assert float(dense[2]) > 0 and float(dense[3]) > 0 and float(window[3]) > 0
-    measured = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
-    assert {p["length"] for p in measured["prefill"]} == {4096}
-    assert (tmp_path / "demo" / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
+    saved = read_results(tmp_path / "demo")
+    titles = [run["title"] for run in saved.figures["runs"]]
+    pattern = "sliding_window(window=128)"
+    assert titles[:2] == ["dense", pattern]
+    assert titles[6:] == ["dense + adapter", f"{pattern} + adapter", "dense + control"]
+    shown = {run["title"]: f"{run['perplexity']:.3f}" for run in saved.figures["runs"]}
+    assert [dense[2], dense[3]] == [shown["dense"], shown["dense + control"]]
+    assert [window[2], window[3]] == [shown[pattern], shown[f"{pattern} + adapter"]]
+    assert set(saved.rows) == set(titles), "every sum is kept"
+    (gap,) = saved.figures["gap_closed"]
+    assert (gap["pattern"], gap["control"]) == (pattern, "the dense control")
+    with open(tmp_path / "demo" / "prompts.csv", encoding="utf-8") as file:
+        prompts = list(csv.DictReader(file))
+    assert [prompt["run"] for prompt in prompts] == titles[:6]
+    assert {prompt["tokens"] for prompt in prompts} == {"4096"}
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert "The demo&#x27;s table" in page and "python recipes/demo.py" in page and "+ control" in page
+    for name in ("loss_by_position", "quality_against_speed"):
+        assert (tmp_path / "demo" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

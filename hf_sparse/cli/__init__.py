@@ -1,4 +1,4 @@
-"""The command line: hf-sparse eval, generate, patterns, show."""
+"""The command line: hf-sparse compare, eval, generate, lm-eval, patterns, probe, show."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from .config_file import ConfigFile
 
 # Each command is a module with add_arguments(parser) and run(args), imported when it is asked for.
 COMMANDS = {
+    "compare": "hold results of evaluations against each other, with intervals where they scored the same tokens",
     "eval": "measure the perplexity of a model, dense and with sparse patterns, on the same tokens",
     "generate": "stream what a model writes after a prompt, or talk with it, in bounded memory",
+    "lm-eval": "run lm-evaluation-harness on a model under a pattern, and prove that the pattern ran",
     "patterns": "list the patterns with their options",
+    "probe": "ask a model for what lies far back in long texts, dense and with sparse patterns, on the same samples",
     "show": "draw what a pattern lets each token see, and say what it costs",
 }
+
+WITH_CONFIG = {"eval", "probe"}  # commands that also read their options from --config FILE.yaml
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,12 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after a mistake (one sentence on stderr), 130 on Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        plugins = _plugin_parser()
-        _load_plugins(plugins.parse_known_args(arguments)[0].plugin)
-        parsed, unknown = _parser(arguments, plugins).parse_known_args(arguments)
-        if unknown:
-            _refuse(unknown, parsed)
-        importlib.import_module(f".{parsed.command}", __name__).run(parsed)
+        parsed = _parse(arguments)
+        _module(parsed.command).run(parsed)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("hf-sparse: interrupted", file=sys.stderr)
@@ -54,6 +58,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str) -> int:
     print(f"hf-sparse: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the command and its options, those of its --config file included."""
+    plugins = _plugin_parser()
+    command = next((argument for argument in arguments if argument in COMMANDS), "")
+    start = arguments.index(command) + 1 if command in WITH_CONFIG else len(arguments)
+    own = arguments[start:]
+    config, from_file = _find_config(command, own), []
+    if config:
+        from_file = config.plugins(plugins, arguments)
+    _load_plugins(plugins.parse_known_args([*from_file, *arguments])[0].plugin)
+    parser, parsers = _parser(arguments, plugins)
+    if config:
+        from_file = config.arguments(parsers[command], own)
+    parsed, unknown = parser.parse_known_args([*arguments[:start], *from_file, *own])
+    if unknown:
+        _refuse(unknown, parsed)
+    return parsed
+
+
+def _find_config(command: str, own: list[str]) -> ConfigFile | None:
+    if not any(argument.split("=")[0] == "--config" for argument in own):
+        return None
+    from .config_file import find_config
+
+    return find_config(own, Parser(prog=f"hf-sparse {command}", add_help=False, allow_abbrev=False))
 
 
 def _refuse(unknown: Sequence[str], parsed: argparse.Namespace) -> NoReturn:
@@ -85,7 +116,8 @@ def _load_plugins(files: Sequence[str]) -> None:
             load_plugin(file)
 
 
-def _parser(arguments: Sequence[str], plugins: Parser) -> Parser:
+def _parser(arguments: Sequence[str], plugins: Parser) -> tuple[Parser, dict[str, Parser]]:
+    """Return the whole parser and that of each command."""
     parser = Parser(
         prog="hf-sparse",
         description="Sparse attention patterns for Hugging Face models.",
@@ -100,8 +132,16 @@ def _parser(arguments: Sequence[str], plugins: Parser) -> Parser:
         )
         command.allow_abbrev = False
         if name in arguments:  # the others stay unread: their options may need slow imports
-            importlib.import_module(f".{name}", __name__).add_arguments(command)
-    return parser
+            if name in WITH_CONFIG:
+                from .config_file import add_config_argument
+
+                add_config_argument(command)
+            _module(name).add_arguments(command)
+    return parser, commands.choices
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f".{command.replace('-', '_')}", __name__)
 
 
 class _Version(argparse.Action):

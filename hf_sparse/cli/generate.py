@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from ..documents import read_documents
+from ..documents import read_text_file, refuse_empty
 from ..hf import SparseSettings, patch_model, settings
 from ..patterns import Pattern
 from ..patterns.streaming_llm import StreamingLLM
@@ -145,10 +145,12 @@ def _prompt(args: argparse.Namespace) -> str | None:
     """Return the text to go on with, None for a dialogue.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it is not UTF-8, or the file cannot be read or is empty.
     """
     if args.file is not None:
-        return read_documents([args.file])[0].text
+        document = read_text_file(args.file)
+        refuse_empty([document])
+        return document.text
     if args.prompt is None and sys.stdin.isatty():
         return None
     try:

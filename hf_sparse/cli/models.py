@@ -112,8 +112,19 @@ def _load_patched(base: str, adapter: str | None, args: argparse.Namespace) -> t
     check_stored(getattr(config.get_text_config(), "sparse_attention", None), f"the config of {base}")
     dense = stored_settings(config, base) is None
     tokenizer = load_tokenizer(base)
-    model = load_base(base, dtype=args.dtype) if dense else load(base, dtype=args.dtype)
+    model = load_base(base, _head_of(config), dtype=args.dtype) if dense else load(base, dtype=args.dtype)
     return (model if saved is None else patch_as_saved(model, saved, str(sidecar))), tokenizer
+
+
+def _head_of(config: Any) -> str:
+    """Return the class of transformers to load with: an encoder saved with a masked-token head keeps that."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    from ..hf.loading import CAUSAL_LM
+
+    saved_as = set(getattr(config, "architectures", None) or ())
+    is_masked = not config.is_encoder_decoder and saved_as & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    return "AutoModelForMaskedLM" if is_masked else CAUSAL_LM
 
 
 def _check_sidecar(path: str) -> None:

@@ -59,6 +59,11 @@ def given_options(args: argparse.Namespace) -> dict[str, Given]:
     }
 
 
+def is_pattern_option(action: argparse.Action) -> bool:
+    """True for what `add_pattern_options` gave a parser."""
+    return action.dest.startswith(_DEST)
+
+
 def read_options(name: str, given: dict[str, Given]) -> dict[str, Any]:
     """Return the values of those given options that the pattern of that name has.
 

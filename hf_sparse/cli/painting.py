@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluate.output_folder import write_atomically
 from ..evaluate.plot import check_plot
-from ..evaluate.report import write_atomically
 from ..patterns import Pattern
 from .areas import Area, areas
 from .picture import HeadGroup, dense_pairs

@@ -1,10 +1,13 @@
 """Evaluation: perplexity on long documents, dense and sparse on the same tokens."""
 
 from .bootstrap import GapClosed, Interval, difference, gap_closed
+from .figures import adapter_gaps
+from .html_report import Section
 from .perplexity import perplexity
-from .plot import plot_loss_by_position
-from .report import adapter_gaps, save_results, table
+from .pictures import plot_loss_by_position, plot_perplexity_by_context, plot_quality_against_speed
+from .report import save_results
 from .results import Result, Run
+from .table import table
 from .tokens import ScoredDocument, ScoredText, tokenize
 
 __all__ = [
@@ -14,11 +17,14 @@ __all__ = [
     "Run",
     "ScoredDocument",
     "ScoredText",
+    "Section",
     "adapter_gaps",
     "difference",
     "gap_closed",
     "perplexity",
     "plot_loss_by_position",
+    "plot_perplexity_by_context",
+    "plot_quality_against_speed",
     "save_results",
     "table",
     "tokenize",

@@ -1,27 +1,44 @@
-"""A causal language model whose vocabulary-sized logits come a chunk of positions at a time."""
+"""A language model whose vocabulary-sized logits come a chunk of positions at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def is_masked(base: Any) -> bool:
+    """True for models that predict masked tokens from both sides, such as BertForMaskedLM."""
+    return type(base).__name__ in set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) and not getattr(
+        base.config, "is_encoder_decoder", False
+    )
+
+
+@dataclass
+class States:
+    """What the model's body gives its head: hidden [B, N, d], and the output object it came in."""
+
+    hidden: Tensor
+    output: Any
 
 
 class ChunkedHead:
-    """The model's own forward pass with its decoder's output held back, so that the head runs on chunks.
+    """The model's own forward pass with its body's output held back, so that the head runs on chunks.
 
-    Two kinds of call go through the whole model: in the first its decoder runs as always, but hands only its last
-    position on to the head; in the following ones the decoder does not run and hands on the next chunk of what it gave
-    before. So whatever the model does behind its decoder (soft-capping, logit scales, biases) is applied by the model.
+    Two kinds of call go through the whole model: in the first its body runs as always, but hands only its last
+    position on to the head; in the following ones the body does not run and hands on the next chunk of what it gave
+    before. So whatever the model does behind its body (soft-capping, logit scales, biases) is applied by the model.
 
     Args:
-        model: a causal language model, or a PeftModel of one, in eval mode.
+        model: a causal language model, a masked one, or a PeftModel of either, in eval mode.
         chunk: positions whose logits are held at a time.
     Raises:
-        ValueError: no causal language-model head; the first use of `check` finds the rest.
+        ValueError: no language-model head; the first use of `check` finds the rest.
     """
 
     def __init__(self, model: Any, chunk: int) -> None:
@@ -32,64 +49,17 @@ class ChunkedHead:
             model.get_base_model() if hasattr(model, "get_base_model") else model
         )  # out of a PeftModel
         self.name = type(base).__name__
-        config = base.config
-        if getattr(config, "is_encoder_decoder", False) or base.get_output_embeddings() is None:
+        self.masked = is_masked(base)
+        if getattr(base.config, "is_encoder_decoder", False) or base.get_output_embeddings() is None:
             raise ValueError(
                 f"{self.name} has no causal language-model head, so it has no perplexity; "
-                "load a decoder with AutoModelForCausalLM."
+                "load a decoder with AutoModelForCausalLM, or an encoder with AutoModelForMaskedLM."
             )
-        self.body: nn.Module = base.get_decoder()
+        self.body: nn.Module = base.base_model if self.masked else base.get_decoder()
 
-    def chunks(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first, logits [C, V]) for the positions of ids [1, N] in order, at most `chunk` of them at a time."""
-        hidden, output = self._hidden(ids)
-        for first in range(0, hidden.shape[1], self.chunk):
-            part = hidden[:, first : first + self.chunk]
-
-            def stand_in(*args: Any, part: Tensor = part, **kwargs: Any) -> Any:
-                output.last_hidden_state = part
-                return output
-
-            with _forward_of(self.body, stand_in):
-                yield first, self._run(ids[:, first : first + self.chunk]).logits[0]
-
-    def check(self, ids: Sequence[int], device: torch.device) -> None:
-        """Raise ValueError unless the chunks are the model's own logits, and no token sees a later one.
-
-        Args:
-            ids: a few tokens of the text, at least 3.
-        """
-        probe = torch.tensor([list(ids)], device=device)
-        whole = self._run(probe).logits[0]
-        if not whole.isfinite().all():
-            raise ValueError(
-                f"{self.name} gives logits that are not finite; check its weights, or use another dtype."
-            )
-        tolerance = (
-            2e-2 if whole.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        ) * whole.abs().max().item()
-        chunk, self.chunk = self.chunk, min(self.chunk, max(1, len(ids) // 2))
-        try:
-            parts = torch.cat([logits for _, logits in self.chunks(probe)])
-        finally:
-            self.chunk = chunk
-        if parts.shape != whole.shape or not (parts - whole).abs().max().item() <= tolerance:
-            raise ValueError(
-                f"the output head of {self.name} cannot be run in chunks: a few tokens gave other logits than "
-                "the model itself; use a causal language model whose head sees one position at a time."
-            )
-        changed = probe.clone()
-        changed[0, -1] = 1 if probe[0, -1] == 0 else 0
-        leak = (self._run(changed).logits[0, :-1] - whole[:-1]).abs().max().item()
-        if leak > tolerance:
-            raise ValueError(
-                f"{self.name} lets a token see the ones after it, so its perplexity means nothing; "
-                "load a causal decoder with AutoModelForCausalLM."
-            )
-
-    def _hidden(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """Return what the decoder gives the head [1, N, d], and the output object it gave it in."""
-        held: list[Any] = []
+    def states(self, ids: Tensor, **inputs: Any) -> States:
+        """Return what the body gives the head for ids [B, N]; `inputs` are the model's further arguments."""
+        held: list[Tensor] = []
         forward = self.body.forward
 
         def keep(*args: Any, **kwargs: Any) -> Any:
@@ -104,17 +74,73 @@ class ChunkedHead:
             output.last_hidden_state = hidden[:, -1:]
             return output
 
-        with _forward_of(self.body, keep) as calls:
-            self._run(ids)
-        if not calls:
+        with _forward_of(self.body, keep) as outputs:
+            self._run(ids, **inputs)
+        if not outputs:
             raise ValueError(
                 f"{self.name} does not call its decoder ({type(self.body).__name__}) in its forward pass, so its "
                 "perplexity cannot be computed in chunks; use a decoder-only causal language model."
             )
-        return held[0], calls[0]
+        return States(held[0], outputs[0])
 
-    def _run(self, ids: Tensor) -> Any:
-        return self.model(input_ids=ids, use_cache=False, return_dict=True)
+    def logits(self, states: States, hidden: Tensor) -> Tensor:
+        """Return the head's logits [B, C, V] of hidden [B, C, d], a part of ``states.hidden``."""
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            states.output.last_hidden_state = hidden
+            return states.output
+
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)  # unread
+        with _forward_of(self.body, stand_in):
+            return self._run(ids).logits
+
+    def chunks(self, ids: Tensor, first: int = 0, **inputs: Any) -> Iterator[tuple[int, Tensor]]:
+        """Yield (position, logits [B, C, V]) for ids [B, N] from position `first` on, at most `chunk` rows in each."""
+        states = self.states(ids, **inputs)
+        step = max(1, self.chunk // len(ids))
+        for position in range(first, ids.shape[1], step):
+            yield position, self.logits(states, states.hidden[:, position : position + step])
+
+    def check(self, ids: Sequence[int], device: torch.device) -> None:
+        """Raise ValueError unless the chunks are the model's own logits, and no token sees a later one.
+
+        Args:
+            ids: a few tokens of the text, at least 3.
+        """
+        probe = torch.tensor([list(map(int, ids))], device=device)
+        whole = self._run(probe).logits[0]
+        if not whole.isfinite().all():
+            raise ValueError(
+                f"{self.name} gives logits that are not finite; check its weights, or use another dtype."
+            )
+        tolerance = (
+            2e-2 if whole.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        ) * whole.abs().max().item()
+        chunk, self.chunk = self.chunk, min(self.chunk, max(1, len(ids) // 2))
+        try:
+            parts = torch.cat([logits[0] for _, logits in self.chunks(probe)])
+        finally:
+            self.chunk = chunk
+        if parts.shape != whole.shape or not (parts - whole).abs().max().item() <= tolerance:
+            raise ValueError(
+                f"the output head of {self.name} cannot be run in chunks: a few tokens gave other logits than "
+                "the model itself; use a language model whose head sees one position at a time."
+            )
+        if self.masked:
+            return
+        changed = probe.clone()
+        changed[0, -1] = 1 if probe[0, -1] == 0 else 0
+        leak = (self._run(changed).logits[0, :-1] - whole[:-1]).abs().max().item()
+        if leak > tolerance:
+            raise ValueError(
+                f"{self.name} lets a token see the ones after it, so its perplexity means nothing; "
+                "load a causal decoder with AutoModelForCausalLM, or an encoder with AutoModelForMaskedLM."
+            )
+
+    def _run(self, ids: Tensor, **inputs: Any) -> Any:
+        if not self.masked:
+            inputs.setdefault("use_cache", False)
+        return self.model(input_ids=ids, return_dict=True, **inputs)
 
 
 @contextmanager

@@ -1,30 +1,43 @@
-"""Perplexity of a causal language model on long documents, dense and sparse on the same tokens."""
+"""Perplexity of a language model on long documents, dense and sparse on the same tokens."""
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from ..backends import check_backend, recording
-from ..documents import Document
-from ..hf import SparseSettings, patch_model, patched, settings, settings_to_json, unpatch_model
-from ..patterns import Pattern, get_pattern
-from .bootstrap import BLOCK_TOKENS
+from ..documents import Document, Skipped
+from ..hf import SparseSettings
+from ..patterns import Pattern
+from .counting import Counted
+from .evaluation import Evaluation
 from .head import ChunkedHead
+from .journal import Journal
 from .machine import PeakMemory, describe_machine
-from .results import Result, Run
-from .tokens import ScoredDocument, ScoredText, check_vocabulary, tokenize
+from .method import Method, as_contexts
+from .processes import current_processes
+from .results import Result
+from .rows import order, position_tokens, run_of
+from .scoring import CausalScorer, MaskedScorer, Scorer
+from .serving import Served
+from .tokens import ScoredText, check_vocabulary, tokenize
+from .variants import (
+    base_of,
+    check_sparse,
+    check_variants,
+    chosen_variants,
+    entered,
+    measured_in_eval_mode,
+    weights_fingerprint,
+)
 
 PROBE_TOKENS = 16
-ROWS = 128  # positions whose logits are copied to float32 at a time
+ROWS_FILE = "per_document"
 
 
 def perplexity(
@@ -33,208 +46,196 @@ def perplexity(
     documents: Iterable[Document | str],
     *,
     max_length: int,
+    mode: str = "full",
+    stride: int | None = None,
+    bos: bool = True,
+    bos_each_window: bool | None = None,
     patterns: Sequence[str | Pattern | SparseSettings] = (),
     backend: str = "auto",
+    dense: bool = True,
+    contexts: Sequence[int] = (),
+    context_targets: int = 256,
+    key_tokens: int | None = None,
+    mask_share: float = 0.15,
+    batch_size: int = 1,
+    prefill_chunk: int | None = None,
     head_chunk: int = 1024,
-    bos: bool = True,
     seed: int = 0,
     without_adapter: bool = False,
     control: str | None = None,
+    left_out: Sequence[Skipped] = (),
+    prompt: bool = True,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> Result:
-    """Score every document with dense attention and with each pattern, one full pass each, on the same tokens.
+    """Score every document with dense attention and with each pattern, on the same tokens.
 
-    Documents are never joined: each is one pass of at most `max_length` tokens, prefix included; `tokens.tokenize` says
-    what the prefix is and how bytes are counted. Documents with fewer than 2 tokens to score are skipped and named in
-    the result. Logits are held for `head_chunk` positions at a time; the cross-entropy is computed in float32.
-    A model that is patched is measured dense too, and is as it was afterwards, training mode included.
+    Documents are never joined: `Method` has the ways they are read, `tokens.tokenize` says what the prefix is and how
+    bytes and words are counted. Documents without text, or with fewer than 2 tokens to score, are skipped and named in
+    the result. Logits are held for `head_chunk` positions at a time; the cross-entropy is computed in float32. An
+    encoder with a masked-token head is scored by its pseudo-log-likelihood. A model that is patched is measured dense
+    too, and is as it was afterwards, training mode included. Under ``accelerate launch`` the processes share the
+    documents, and each gives the whole result.
 
     Args:
-        model: a causal language model or a PeftModel of one.
+        model: a causal or masked language model, or a PeftModel of one.
         documents: plain strings get their place as a name.
+        max_length, mode, stride, bos, bos_each_window, contexts, context_targets, key_tokens, mask_share, batch_size,
+            prefill_chunk, head_chunk: see `Method`.
         patterns: what to compare with dense; settings of a patched model also carry its layers and backend.
+        dense: False leaves dense attention out, with which texts of 100,000 tokens take too long.
         backend: for patterns and for settings that leave the choice open.
-        seed: for patterns that draw, and for the intervals of the result.
+        seed: for patterns that draw, for what is masked, and for the intervals of the result.
         without_adapter: measure every run of a PeftModel first without its adapter, then with it.
         control: name of a second adapter of the PeftModel, trained the same way on the dense model: measured dense, it
             is what `report.adapter_gaps` holds the first against.
+        prompt: also read the longest document as a prompt, for its latency and the bytes of its cache.
+        left_out: documents that could not be read, to be named in the result beside those that cannot be scored.
+        output: folder whose per_document.jsonl gets every row as it is made; called again with the same arguments, an
+            interrupted evaluation goes on behind the last complete row.
+        overwrite: start anew where `output` holds another evaluation.
         progress: show a bar on stderr when that is a terminal.
     Raises:
-        ValueError: an encoder, a model whose head cannot be run in chunks, an unknown pattern, texts with nothing to
-            score, more positions or tokens than the model has, or a sparse run in which no attention call was sparse.
+        ValueError: a model without a language-model head or whose head cannot be run in chunks, an unknown pattern,
+            texts with nothing to score, more positions or tokens than the model has, settings that contradict each
+            other, an output folder of another evaluation, or a sparse run in which no attention call was sparse.
     """
-    check_backend(backend)
-    has_adapter = hasattr(model, "disable_adapter")
-    if (without_adapter or control) and not has_adapter:
-        raise ValueError(
-            f"only a PeftModel has adapters to compare, got {type(model).__name__}; load the adapter first."
-        )
-    chosen = [
-        p if isinstance(p, SparseSettings) else SparseSettings(get_pattern(p), backend=backend)
-        for p in patterns
-    ]
+    variants = chosen_variants(model, patterns, backend, without_adapter, control, dense)
+    if key_tokens is not None and not dense:
+        raise ValueError(f"key_tokens={key_tokens} are found with dense attention; measure dense too.")
+    method = Method(
+        max_length=max_length,
+        mode=mode,
+        stride=stride,
+        bos=bos,
+        bos_each_window=bos_each_window,
+        contexts=as_contexts(contexts),
+        context_targets=context_targets,
+        key_tokens=key_tokens,
+        mask_share=mask_share,
+        batch_size=batch_size,
+        prefill_chunk=prefill_chunk,
+        head_chunk=head_chunk,
+    )
     head = ChunkedHead(model, head_chunk)
-    base: Any = model.get_base_model() if has_adapter else model  # type: ignore[operator]
+    base = base_of(model)
     _check_length(base, max_length)
-    named = [Document(f"document {i}", d) if isinstance(d, str) else d for i, d in enumerate(documents)]
-    text = tokenize(tokenizer, named, max_length, bos)
-    check_vocabulary(max(max(document.ids) for document in text.documents), base)
+    named = (Document(f"document {i}", d) if isinstance(d, str) else d for i, d in enumerate(documents))
+    if head.masked:
+        method = method.for_encoder()
+    around = _special_tokens(tokenizer) if head.masked else ([], [])
+    cut = None if method.cut is None else method.cut - len(around[0]) - len(around[1])
+    text = tokenize(tokenizer, named, cut, bos, masked=head.masked)
+    text = replace(text, skipped=(*left_out, *text.skipped))
+    if text.prefix == "none":
+        method = method.without_prefix()
+    _check_contexts(text, method)
+    check_vocabulary(max(int(document.ids.max()) for document in text.documents), base)
     device = base.get_input_embeddings().weight.device
-
-    adapters = [None, "adapter"] if without_adapter else ["adapter"] if has_adapter else [None]
-    plan = [(sparse, adapter) for adapter in adapters for sparse in (None, *chosen)]
-    plan += [(None, "control")] if control else []
-    runs = []
-    with _measured_in_eval_mode(model, base), torch.inference_mode():
-        head.check(text.documents[0].ids[:PROBE_TOKENS], device)
-        with tqdm(
-            total=text.tokens * len(plan), unit="tok", unit_scale=True, disable=None if progress else True
-        ) as bar:
-            for sparse, adapter in plan:
-                bar.set_description(_label(sparse) + (f" + {adapter}" if adapter else ""))
-                torch.manual_seed(seed)
-                with _adapter_state(model, adapter, control), _attention(base, sparse):
-                    runs.append(_run(head, text, sparse, adapter, device, bar))
     config = {
-        "mode": "full",
+        **method.as_json(),
         "model": getattr(base.config, "_name_or_path", ""),
         "architecture": type(base).__name__,
+        "measure": "pseudo-log-likelihood" if head.masked else "log-likelihood",
         "dtype": str(base.dtype).removeprefix("torch."),
-        "max_length": max_length,
         "trained_length": getattr(base.config, "max_position_embeddings", None),
         "backend": backend,
-        "head_chunk": head_chunk,
         "prefix": text.prefix,
         "seed": seed,
     }
-    return Result(text, tuple(runs), _position_tokens(text), config, describe_machine(device))
+    machine = describe_machine(device)
+    processes = current_processes()
+    identity = {
+        **config,
+        "text": text.fingerprint,
+        "names": text.names_fingerprint,
+        "weights": weights_fingerprint(model),
+        "runs": [[variant.title, variant.pattern] for variant in variants],
+        "versions": machine["versions"],
+        "device": device.type,
+    }
+    scorer = _scorer(head, tokenizer, text, method, device, around, seed)
+    served: list[Served | None] = []
+    with measured_in_eval_mode(model), torch.inference_mode():
+        head.check(text.documents[0].ids[:PROBE_TOKENS].tolist(), device)
+        check_variants(model, variants, control)
+        journal = Journal(output, ROWS_FILE, identity, processes, overwrite)
+        evaluation = Evaluation(head, scorer, text, method, device, journal, processes, progress)
+        with evaluation.bar(len(variants)) as bar:
+            for variant in variants:
+                bar.set_description(variant.title)
+                torch.manual_seed(seed)
+                with entered(model, variant, control):
+                    evaluation.run(variant, variants[0], bar)
+                    served.append(evaluation.serve() if prompt and processes.is_main else None)
+    rows = journal.finish(order)
+    served = processes.gather([served])[0]  # what the main process measured
+    runs = []
+    for variant, read in zip(variants, served, strict=True):
+        own = [row for row in rows if row["run"] == variant.title]
+        check_sparse(variant, Counted.of_rows(own), head.name)
+        since = PeakMemory(device).since
+        runs.append(run_of(variant, own, text, len(method.contexts), read, since))
+    keys = [len(row["key_positions"]) for row in rows if "key_positions" in row] or None
+    counts = None if keys is None else np.array(keys)
+    return Result(text, tuple(runs), position_tokens(text), counts, config, machine, identity, tuple(rows))
 
 
-def _run(
+def _scorer(
     head: ChunkedHead,
+    tokenizer: Any,
     text: ScoredText,
-    sparse: SparseSettings | None,
-    adapter: str | None,
+    method: Method,
     device: torch.device,
-    bar: Any,
-) -> Run:
-    """Score every document once, in the state the model is in."""
-    _nats(head, text.documents[0], device)  # warm-up: plans are built, kernels chosen
-    memory = PeakMemory(device)
-    sums, blocks, positions = [], [], []
-    seconds = 0.0
-    with recording() as recorder:
-        for document in text.documents:
-            start = time.perf_counter()
-            nats = _nats(head, document, device)
-            seconds += time.perf_counter() - start
-            sums.append(nats.sum())
-            blocks.append(np.add.reduceat(nats, np.arange(0, len(nats), BLOCK_TOKENS)))
-            positions.append(np.bincount(_buckets(len(nats)), weights=nats, minlength=_bucket_count(text)))
-            bar.update(len(nats))
-    if sparse is not None and not recorder.calls:
-        raise ValueError(
-            f"no attention call of {head.name} went through {sparse.pattern}: these would be dense figures; "
-            "check with hf_sparse.describe(model) which layers are patched."
+    around: tuple[list[int], list[int]],
+    seed: int,
+) -> Scorer:
+    if head.masked:
+        return MaskedScorer(
+            head,
+            device,
+            batch_size=method.batch_size,
+            mask_token=tokenizer.mask_token_id,
+            mask_share=method.mask_share,
+            around=around,
+            seed=seed,
         )
-    return Run(
-        label=_label(sparse),
-        pattern=settings_to_json(sparse) if sparse else None,
-        adapter=adapter,
-        fingerprint=text.fingerprint,
-        nats=np.array(sums),
-        block_nats=tuple(blocks),
-        position_nats=np.stack(positions),
-        density=recorder.density if sparse else 1.0,
-        calls=len(recorder.calls),
-        layers=len({call.layer for call in recorder.calls}),
-        ran=dict(Counter(f"{call.backend}/{call.operator}" for call in recorder.calls)),
-        seconds=seconds,
-        tokens_per_second=text.tokens / seconds,
-        peak_memory=memory.bytes(),
-        memory_since=memory.since,
+    prefix = int(text.documents[0].ids[0]) if text.prefix != "none" else None
+    return CausalScorer(
+        head, device, batch_size=method.batch_size, prefill_chunk=method.prefill_chunk, prefix=prefix
     )
 
 
-def _nats(head: ChunkedHead, document: ScoredDocument, device: torch.device) -> np.ndarray:
-    """Return the negative log-likelihood of every token but the first, float64 [N - 1]."""
-    ids = torch.tensor([document.ids], device=device)
-    targets = ids[0, 1:]
-    parts: list[Tensor] = []
-    for first, logits in head.chunks(ids):
-        wanted = targets[first : first + len(logits)].to(logits.device)  # the last position has no target
-        for few, ids_of_few in zip(logits[: len(wanted)].split(ROWS), wanted.split(ROWS), strict=True):
-            parts.append(nn.functional.cross_entropy(few.float(), ids_of_few, reduction="none"))
-        del logits, few  # or they would lie beside the next chunk's
-    return torch.cat(parts).double().cpu().numpy()
-
-
-def _buckets(tokens: int) -> np.ndarray:
-    """Return the position bucket of each scored token: floor(log2(tokens before it))."""
-    return np.frexp(np.arange(1, tokens + 1, dtype=np.float64))[1] - 1
-
-
-def _bucket_count(text: ScoredText) -> int:
-    return max(document.tokens for document in text.documents).bit_length()
-
-
-def _position_tokens(text: ScoredText) -> np.ndarray:
-    count = _bucket_count(text)
-    return np.stack([np.bincount(_buckets(document.tokens), minlength=count) for document in text.documents])
-
-
-def _label(sparse: SparseSettings | None) -> str:
-    if sparse is None:
-        return "dense"
-    where = "" if sparse.layers is None else f" in layers {','.join(map(str, sparse.layers))}"
-    return f"{sparse.pattern}{where}"
-
-
-def _attention(base: Any, sparse: SparseSettings | None) -> AbstractContextManager[Any]:
-    if sparse is None:
-        return nullcontext()
-    return patched(base, sparse.pattern, backend=sparse.backend, layers=sparse.layers)
-
-
-@contextmanager
-def _adapter_state(model: Any, adapter: str | None, control: str | None) -> Iterator[None]:
-    """Have no adapter, the active one or the control on inside the block."""
-    if adapter is None:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-            yield
-    elif adapter == "control":
-        active = model.active_adapter
-        model.set_adapter(control)
-        try:
-            yield
-        finally:
-            model.set_adapter(active)
-    else:
-        yield
-
-
-@contextmanager
-def _measured_in_eval_mode(model: nn.Module, base: Any) -> Iterator[None]:
-    """Put the model in eval mode and unpatch it; put both back afterwards."""
-    training = {name for name, module in model.named_modules() if module.training}
-    before = settings(base)
-    if before is not None:
-        unpatch_model(base)
-    model.eval()
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = name in training
-        if before is not None:
-            patch_model(base, before.pattern, backend=before.backend, layers=before.layers)
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the special tokens an encoder expects before and after its text."""
+    if tokenizer.mask_token_id is None:
+        raise ValueError(
+            "this tokenizer has no mask token, which a masked-token model is scored with; set one."
+        )
+    before = [token for token in (tokenizer.cls_token_id,) if token is not None]
+    after = [token for token in (tokenizer.sep_token_id,) if token is not None]
+    return before, after
 
 
 def _check_length(base: Any, max_length: int) -> None:
     """Raise ValueError where learned positions end before `max_length`; rotary models may be asked to go on."""
     limit = getattr(base.config, "max_position_embeddings", None)
+    for name, module in base.named_modules():  # RoBERTa begins to count behind the padding's position
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limit = module.num_embeddings - module.padding_idx - 1
     if limit and max_length > limit and getattr(base.config, "rope_parameters", None) is None:
         raise ValueError(
             f"max_length={max_length} is beyond the {limit} positions of {type(base).__name__}; "
             f"use max_length={limit} or less."
+        )
+
+
+def _check_contexts(text: ScoredText, method: Method) -> None:
+    """Raise ValueError where no document is long enough for the context curve."""
+    longest = max(len(document.ids) for document in text.documents)
+    if method.contexts and longest < max(method.contexts):
+        raise ValueError(
+            f"no document reaches the {max(method.contexts)} tokens of the longest context, the longest has {longest}; "
+            "name shorter contexts, or longer texts."
         )

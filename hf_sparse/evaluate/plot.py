@@ -1,19 +1,23 @@
-"""The loss by position as a picture."""
+"""What all pictures share: matplotlib when it is there, a figure, colours of runs, PNG bytes."""
 
 from __future__ import annotations
 
 import io
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from .output_folder import write_atomically
 
-from .bootstrap import difference
-from .report import write_atomically
-from .results import Result
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-LEAST_SPAN = 0.01  # nats/token shown to each side of dense
 FARTHEST = 1.5  # nats/token above the best run; a run that lost more is named, as it would flatten the rest
+LEAST_SPAN = 0.01  # nats/token shown to each side of dense: rounding noise is not a picture
+
+_LINES, _MARKERS, _GRAYS = ("-", "-.", ":"), "os^", ("0.2", "0.45", "0.65")
+_COLOURS = 10
+_LONGEST_TITLE = 80
 
 
 def check_plot() -> None:
@@ -24,11 +28,8 @@ def check_plot() -> None:
         raise ValueError("plots need matplotlib; install it with: pip install 'hf_sparse[plot]'") from None
 
 
-def plot_loss_by_position(result: Result, path: str | os.PathLike[str]) -> Path:
-    """Write a PNG: nats per token by position above, and what each sparse run loses to dense below.
-
-    The band is the 95 % interval of the loss, over documents; buckets in fewer than 5 documents get none.
-    Runs that lost more than FARTHEST are named in the legend only.
+def new_figure(width: float, height: float, **options: Any) -> Figure:
+    """Return an empty figure of that many inches, which no window and no global state knows of.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -37,57 +38,55 @@ def plot_loss_by_position(result: Result, path: str | os.PathLike[str]) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 8), layout="constrained")
+    figure = Figure(figsize=(width, height), **options)
     FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, sharex=True)
-    filled = np.flatnonzero(result.position_tokens.sum(axis=0))
-    middle = 2.0 ** (filled + 0.5)
-    best = min(result.perplexity(run) for run in result.runs)
-    for i, run in enumerate(result.runs):
-        if (excess := float(np.log(result.perplexity(run) / best))) > FARTHEST:
-            above.plot([], [], color=f"C{i}", label=f"{run.title}: off the scale, {excess:.1f} nats above")
-            continue
-        style = {"color": f"C{i}", "marker": "o", "markersize": 3, "linestyle": "-" if run.sparse else "--"}
-        style["linewidth"] = 1.5 if run.sparse else 3  # a run equal to dense leaves it visible
-        above.plot(middle, result.loss_by_position(run)[filled], label=run.title, **style)
-        if not run.sparse:
-            continue
-        dense = result.find(False, run.adapter)[0]
-        lost, low, high = _lost(result, run.position_nats, dense.position_nats, filled)
-        below.plot(middle, lost, **style)
-        below.fill_between(middle, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
-    below.axhline(0, color="gray", linewidth=0.8)
-    above.set(ylabel="nats/token", title="loss by position")
-    below.set(xlabel="tokens before the scored token", ylabel="nats/token above dense")
-    below.set_xscale("log", base=2)
-    below.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    low, high = below.get_ylim()
-    below.set_ylim(min(low, -LEAST_SPAN), max(high, LEAST_SPAN))  # rounding noise is not a picture
-    figure.legend(loc="outside lower center", fontsize="small")
-    above.grid(alpha=0.3)
-    below.grid(alpha=0.3)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """Return the picture; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def write_picture(content: bytes, path: str | os.PathLike[str]) -> Path:
+    """Write a picture, making its folder, and return its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, content)
     return path
 
 
-def _lost(
-    result: Result, sparse: np.ndarray, dense: np.ndarray, filled: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the difference in each bucket with the ends of its interval, nan where too few documents reach it."""
-    rows = []
-    for bucket in filled:
-        reach = result.position_tokens[:, bucket] > 0
-        found = difference(
-            sparse[reach, bucket],
-            dense[reach, bucket],
-            result.position_tokens[reach, bucket],
-            seed=result.config["seed"],
-        )
-        known = found.units >= 5
-        rows.append((found.estimate, found.low if known else np.nan, found.high if known else np.nan))
-    lost, low, high = np.array(rows).T
-    return lost, low, high
+def styles(is_sparse: list[bool]) -> list[dict[str, Any]]:
+    """Return how each run is drawn: dense ones gray, dashed and thick, so that a run equal to dense leaves it visible.
+
+    The first ten sparse runs have a colour each; the next ten the same colours with other lines and markers.
+    """
+    found, dense, sparse = [], 0, 0
+    for drawn_sparse in is_sparse:
+        if drawn_sparse:
+            turn = sparse // _COLOURS % len(_LINES)
+            style = {"color": f"C{sparse % _COLOURS}", "linestyle": _LINES[turn], "linewidth": 1.5}
+            found.append({**style, "marker": _MARKERS[turn], "markersize": 3 + turn})
+            sparse += 1
+        else:
+            style = {"color": _GRAYS[dense % len(_GRAYS)], "linestyle": "--", "linewidth": 3}
+            found.append({**style, "marker": "o", "markersize": 3})
+            dense += 1
+    return found
+
+
+def scale_loss(axes: Any, low: float, high: float) -> None:
+    """Let the y axis reach from `low` to `high` nats/token: linear around 0, in powers of 10 beyond LEAST_SPAN."""
+    axes.set_yscale("symlog", linthresh=LEAST_SPAN, linscale=0.5)
+    axes.set_ylim(low, high)
+    steps = [sign * step * 10.0**power for power in range(-2, 2) for step in (1, 3) for sign in (-1, 1)]
+    shown = [0.0, *(step for step in steps if low <= step <= high)]
+    axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
+    axes.set_yticks([], minor=True)
+
+
+def short(title: str) -> str:
+    """Return a title that fits into a picture."""
+    return title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…"

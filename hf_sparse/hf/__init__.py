@@ -5,7 +5,7 @@ from .describe import describe
 from .generation import make_cache
 from .loading import read_sidecar
 from .mask import SparseMask
-from .patch import patch_model, patched, unpatch_model
+from .patch import patch_model, patched, unpatch_model, unpatched
 from .persist import load, save_adapter
 from .register import register_names
 from .stored_settings import SparseSettings, attention_name, settings_from_json, settings_to_json
@@ -27,4 +27,5 @@ __all__ = [
     "settings_from_json",
     "settings_to_json",
     "unpatch_model",
+    "unpatched",
 ]

@@ -167,6 +167,18 @@ def patched(model: M, pattern: str | Pattern, **settings: Any) -> Iterator[M]:
         _restore(base, before)
 
 
+@contextlib.contextmanager
+def unpatched(model: M) -> Iterator[M]:
+    """Unpatch inside the block; then restore what was there, trained projections of global queries included."""
+    base = unwrap(model)
+    before = _state(base)
+    unpatch_model(base)
+    try:
+        yield model
+    finally:
+        _restore(base, before)
+
+
 def _check_layers(layers: Iterable[int] | None, model: PreTrainedModel) -> tuple[int, ...] | None:
     if layers is None:
         return None

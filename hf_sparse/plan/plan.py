@@ -73,11 +73,9 @@ class Plan:
 
     @cached_property
     def dense_pairs(self) -> int:
-        """The pairs per head that dense attention has under the same constraint; with columns, over all positions."""
-        if self.columns is None:
-            return _dense_pairs(self.constraint, self.q_len, self.k_len, self.first)
-        end = self.first + self.k_len - len(self.columns)
-        return _dense_pairs(self.constraint, self.q_len, end, 0)
+        """The pairs per head that dense attention has under the same constraint, tokens no longer held included."""
+        end = self.first + self.k_len - (0 if self.columns is None else len(self.columns))
+        return _dense_pairs(self.constraint, self.q_len, end)
 
 
 def make_plan(
@@ -237,7 +235,7 @@ _disjoint = lru_cache(maxsize=256)(disjoint)
 
 
 @lru_cache(maxsize=256)
-def _dense_pairs(constraint: Constraint, q_len: int, k_len: int, first: int) -> int:
-    pieces = pieces_of(Interval(Every(), *constraint.bounds()), q_len, k_len, first)
+def _dense_pairs(constraint: Constraint, q_len: int, k_len: int) -> int:
+    pieces = pieces_of(Interval(Every(), *constraint.bounds()), q_len, k_len, 0)
     assert pieces is not None
     return sum(piece.pairs for piece in pieces)

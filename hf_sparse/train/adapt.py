@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from ..documents import read_documents, standard_library
+from ..documents import read_documents, refuse_empty, standard_library
 from ..evaluate.output_folder import check_output_folder
 from ..evaluate.tokens import check_vocabulary
 from ..hf import patch_model, save_adapter
@@ -37,6 +37,7 @@ def prepare(arguments: AdaptationArguments, training: TrainingArguments) -> Trai
     trained_with = {**arguments.as_json(), **_sample_order(training)}
     checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, str(training.output_dir), trained_with)
     documents = read_documents(arguments.text) if arguments.text else standard_library("train")
+    refuse_empty(documents)
     model, tokenizer = _load_base(arguments)
     patch_model(
         model,

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse.documents import Document
-from hf_sparse.evaluate import perplexity, tokenize
+from hf_sparse.evaluate import perplexity, tokenize, variants
 
 SOURCE = Path(argparse.__file__).read_text(encoding="utf-8")
 TEXTS = [SOURCE[i * 700 : i * 700 + 300 + 90 * i] for i in range(6)]
@@ -146,7 +145,7 @@ def test_sparse_runs_score_the_same_tokens_with_another_mask(tiny_model, tiny_to
         expected = [sum(brute_force(tiny_model, tiny_tokenizer, text, 120)) for text in TEXTS]
     assert sparse.nats == pytest.approx(expected, rel=1e-5)
     assert abs(sparse.nats - dense.nats).min() > 1e-3
-    n = result.tokens + 1  # tokens read
+    n = result.tokens  # tokens read: the last one is only predicted
     pairs, all_pairs = 8 * n - 28, n * (n + 1) // 2
     assert sparse.density == pytest.approx(pairs.sum() / all_pairs.sum(), rel=1e-9)
     assert (sparse.calls, sparse.layers, sum(sparse.ran.values())) == (12, 2, 12)
@@ -158,7 +157,9 @@ def test_the_model_is_left_as_it_was(tiny_model, tiny_tokenizer):
     before = tiny_model(ids).logits
     tiny_model.train()
     tiny_model.lm_head.eval()
+    random_state = torch.get_rng_state()
     perplexity(tiny_model, tiny_tokenizer, TEXTS[:1], max_length=50, patterns=["sliding_window"])
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert tiny_model.training and tiny_model.model.training and not tiny_model.lm_head.training
     assert "forward" not in vars(tiny_model.model)
     tiny_model.eval()
@@ -179,8 +180,7 @@ def test_a_patched_model_is_measured_dense_too_and_stays_patched(tiny_model, tin
 
 
 def test_a_sparse_run_without_a_sparse_call_is_refused(tiny_model, tiny_tokenizer, monkeypatch):
-    module = sys.modules[perplexity.__module__]
-    monkeypatch.setattr(module, "patched", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(variants, "patched", lambda *args, **kwargs: nullcontext())
     with pytest.raises(ValueError, match="these would be dense figures"):
         perplexity(tiny_model, tiny_tokenizer, TEXTS[:1], max_length=50, patterns=["sliding_window"])
 
@@ -259,7 +259,11 @@ def test_eos_stands_in_for_a_missing_bos(tiny_tokenizer):
 def test_short_documents_are_skipped_and_named(tiny_tokenizer):
     named = [Document("empty", ""), Document("one", "a"), Document("long", TEXTS[0])]
     text = tokenize(tiny_tokenizer, named, 100)
-    assert (text.skipped, [document.name for document in text.documents]) == (("empty", "one"), ["long"])
+    assert [(skipped.name, skipped.reason) for skipped in text.skipped] == [
+        ("empty", "no text"),
+        ("one", "fewer than 2 tokens to score"),
+    ]
+    assert [document.name for document in text.documents] == ["long"]
     with pytest.raises(ValueError, match="none of the 2 documents has 2 tokens to score"):
         tokenize(tiny_tokenizer, named[:2], 100)
     with pytest.raises(ValueError, match="there are no documents"):

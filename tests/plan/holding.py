@@ -90,8 +90,10 @@ def check(pattern, constraint, q_len, k_len, first=0, heads=2, layer=0, chosen=(
     np.testing.assert_array_equal(times_held(plan), want.astype(int))
     assert round(plan.pairs * heads) == want.sum()
     assert sum(group.pairs for group in plan.groups) == want.sum()
-    dense = (k_len, first) if columns is None else (first + k_len - len(columns), 0)
-    assert plan.dense_pairs == allowed_pairs(Full(), constraint, 1, q_len, *dense).sum()
+    end = (
+        first + k_len - (0 if columns is None else len(columns))
+    )  # dense attention sees what was dropped, too
+    assert plan.dense_pairs == allowed_pairs(Full(), constraint, 1, q_len, end).sum()
     if plan.reads is not None:
         np.testing.assert_array_equal(times_read(plan), want[:, 0].astype(int))
         assert sum(reads.pairs for reads in plan.reads) == want.sum()

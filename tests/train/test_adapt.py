@@ -103,6 +103,15 @@ def test_a_missing_model_and_a_file_as_output_are_refused(arguments, training, t
         prepare(arguments(), training(text_files[0]))
 
 
+def test_a_text_without_text_is_refused(arguments, training, tmp_path, text_files):
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    wanted = arguments()
+    wanted.text = [*text_files, str(empty)]
+    with pytest.raises(ValueError, match=r"empty\.txt holds no text; give a file with text in it"):
+        prepare(wanted, training())
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody may write in")
 def test_an_output_folder_that_cannot_be_made_is_refused_before_the_model_is_read(arguments, training):
     wanted = arguments()

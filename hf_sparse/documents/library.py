@@ -1,12 +1,12 @@
-"""The texts everything here reads: the Python standard library of this machine, or files the user names."""
+"""The Python standard library of this machine as documents, split into train, validation and test for good."""
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fnmatch import fnmatch
-from os import PathLike
 from pathlib import Path, PurePosixPath
+
+from .document import Document
 
 SPLITS = ("train", "validation", "test")
 MIN_BYTES = 500  # shorter files are stubs
@@ -40,14 +40,6 @@ _WRITTEN_ENCODINGS = {
     "utf_16",
     "utf_8_sig",
 }  # the rest of encodings/ is tables
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and the name it is reported under."""
-
-    name: str
-    text: str
 
 
 def standard_library(split: str) -> list[Document]:
@@ -84,29 +76,6 @@ def split_of(name: str) -> str:
     return "validation" if bucket < 3 else "test" if bucket < 10 else "train"
 
 
-def read_documents(paths: Iterable[str | PathLike[str]]) -> list[Document]:
-    """The named files as documents, in the order given; a byte order mark is dropped.
-
-    Raises:
-        ValueError: no path was given, or a path is missing, is a folder, cannot be read, holds no text or is not
-            UTF-8.
-    """
-    paths = [paths] if isinstance(paths, (str, PathLike)) else list(paths)
-    if not paths:
-        raise ValueError("no text files were given; name at least one UTF-8 text file.")
-    return [Document(str(path), _read_text(Path(path))) for path in paths]
-
-
-def fingerprint(documents: Iterable[Document]) -> str:
-    """The SHA-256 of all names and texts, as hex: equal exactly where the documents and their order are equal."""
-    digest = hashlib.sha256()
-    for document in documents:
-        for part in (document.name.encode(), document.text.encode()):
-            digest.update(len(part).to_bytes(8, "big"))
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def _sources(root: Path, split: str) -> Iterator[tuple[str, str]]:
     files = (path for suffix in ("py", "txt", "rst") for path in root.rglob(f"*.{suffix}"))
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
@@ -126,30 +95,3 @@ def _is_generated(name: str) -> bool:
     if path.parent.name == "encodings" and path.stem not in _WRITTEN_ENCODINGS:
         return True
     return any(fnmatch(name, pattern) for pattern in _GENERATED)
-
-
-def _read_text(path: Path) -> str:
-    if "\0" in str(path):
-        raise ValueError(f"{str(path)!r} is no file name, it holds a null byte; check the spelling.")
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder; name the text files in it instead, for example {path / '*.txt'}."
-        )
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; check the spelling or give the full path.") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        start = error.start + len(raw) - len(error.object)  # the codec counts from behind the byte order mark
-        line = raw.count(b"\n", 0, start) + 1
-        raise ValueError(
-            f"{path} is not UTF-8 (byte 0x{raw[start]:02x} at offset {start}, line {line}); "
-            f"convert it first, for example with: iconv -f latin1 -t utf-8 {path} > {path.stem}.utf8{path.suffix}"
-        ) from None
-    if not text.strip():
-        raise ValueError(f"{path} holds no text; give a file with text in it.")
-    return text

@@ -1,0 +1,40 @@
+"""One text and its name, and what is said of those that are left out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and the name it is reported under."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A document that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+def fingerprint(documents: Iterable[Document]) -> str:
+    """The SHA-256 of all names and texts, as hex: equal exactly where the documents and their order are equal."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.name.encode(), document.text.encode()):
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def refuse_empty(documents: Iterable[Document]) -> None:
+    """Raise ValueError for the first document that holds nothing but white space."""
+    for document in documents:
+        if not document.text.strip():
+            raise ValueError(f"{document.name} holds no text; give a file with text in it.")
