@@ -176,7 +176,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=str(ROOT / "tiny_base"), help="folder or hub id")
+    parser.add_argument("--model", default=os.path.relpath(ROOT / "tiny_base"), help="folder or hub id")
     parser.add_argument(
         "--lengths", type=_numbers, default=[4096, 8192, 16384], help="tokens, comma-separated"
     )

@@ -86,9 +86,9 @@ def main() -> int:
     adapted_model.load_adapter(str(control), "control")
     adapted = measure(adapted_model, PATTERNS[:1], "control")
 
-    say(f"4/4  reading prompts of {' and '.join(f'{n:,}' for n in PROMPTS)} tokens")
     longest = getattr(model.config, "max_position_embeddings", None) or max(PROMPTS)
-    prompts = [n for n in PROMPTS if n <= longest]
+    prompts = [n for n in PROMPTS if n <= longest] or [longest]
+    say(f"4/4  reading prompts of {' and '.join(f'{n:,}' for n in prompts)} tokens")
     prefills = measure_prefill(model, (None, *PATTERNS), prompts, repeats=2, progress=True)
 
     report = Report(untrained, adapted, prefills, args.steps, time.monotonic() - start)

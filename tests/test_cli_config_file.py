@@ -22,6 +22,7 @@ def parser():
     made.add_argument("--sizes", nargs="+", type=int, default=[1])
     made.add_argument("--length", type=int, default=7)
     made.add_argument("--rate", type=float)
+    made.add_argument("--contexts", type=lambda text: tuple(map(int, text.split(","))))
     made.add_argument("--dtype", choices=("auto", "float32"), default="auto")
     made.add_argument("--max-new-tokens", type=int)
     made.add_argument("--quiet", action="store_true")
@@ -86,6 +87,14 @@ def test_the_command_line_replaces_what_the_file_says(merged):
     )
     assert given_options(args)["window"].text == "9"
     assert given_options(merged(file, "--window", "5"))["window"].text == "5"
+
+
+def test_what_has_commas_may_be_a_list(merged):
+    file = "model: m\ncontexts: [8, 16]\n"
+    assert merged(file).contexts == merged("model: m\ncontexts: 8,16").contexts == (8, 16)
+    assert merged(file, "--contexts", "4").contexts == (4,)
+    with pytest.raises(ValueError, match=r"contexts must be one value, got \[8\]"):
+        merged("model: m\ncontexts: [[8]]")
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import os
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
+import hf_sparse
 from hf_sparse.cli import main
 
 
@@ -65,6 +66,31 @@ def test_an_evaluation_goes_on_and_another_one_is_refused(command, tmp_path, cap
     assert (tmp_path / "cut" / "per_document.jsonl").read_bytes().splitlines(keepends=True) == again
     evaluate(capsys, *command, "--mode", "rolling", "--output", tmp_path / "cut", "--overwrite")
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["config"]["mode"] == "rolling"
+
+
+def test_a_backend_on_the_command_line_replaces_the_saved_one(
+    tiny_model, tiny_tokenizer, texts, tmp_path, capsys
+):
+    folder = tmp_path / "patched"
+    hf_sparse.patch_model(tiny_model, "sliding_window", window=8, backend="torch").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    for flags, wanted in (([], "torch"), (["--backend", "reference"], "reference")):
+        out = tmp_path / wanted
+        evaluate(capsys, folder, "--text", *texts, "--length", 60, "--output", out, *flags)
+        sparse = json.loads((out / "results.json").read_text())["runs"][1]
+        assert {name.split("/")[0] for name in sparse["ran"]} == {wanted}
+
+
+def test_a_model_that_cannot_is_told_the_option(tmp_path, tiny_tokenizer, texts, capsys):
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
+    command = ["eval", str(tmp_path / "gpt2"), "--text", *texts, "--length", "65"]
+    assert main(command) == 2
+    assert (
+        "--length 65 is beyond the 64 positions of GPT2LMHeadModel; use --length 64"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_report_is_one_page(command, tmp_path, capsys):

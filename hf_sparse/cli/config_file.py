@@ -23,7 +23,8 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
         _OPTION,
         metavar="FILE.yaml",
         help="read options from this file: their names are its keys (MODEL is model), lists stand for what may be "
-        "repeated, true for what takes no value; an option on the command line replaces the file's, a list as a whole",
+        "repeated or has commas, true for what takes no value; an option on the command line replaces the file's, a "
+        "list as a whole",
     )
 
 
@@ -152,6 +153,8 @@ def _spelled(key: str, action: argparse.Action, value: Any) -> list[str]:
         texts = [_text(action, item) for item in (value if isinstance(value, list) else [value])]
         if not texts:
             raise ValueError("is an empty list; leave it out, or name at least one")
+    elif isinstance(value, list) and action.type not in (None, int, float):  # 512,1024 is one value
+        texts = [",".join(_text(action, item) for item in value)]
     else:
         texts = [_text(action, value)]
     if not action.option_strings:

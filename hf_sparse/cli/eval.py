@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..backends import BACKENDS, check_backend
 from ..patterns import Pattern
-from .method_options import add_method_arguments, method_of
+from .method_options import add_method_arguments, method_of, named_as_options
 from .models import CONTROL, add_model_arguments, load_model
 from .options import add_pattern_options
 from .spelling import PATTERN_HELP, read_patterns
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="of the intervals (default 0); what patterns draw hangs on --pattern-seed",
+        help="of the intervals, and of the masks of encoders (default 0); what patterns draw hangs on --pattern-seed",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_pattern_options(parser)
@@ -80,23 +81,24 @@ def run(args: argparse.Namespace) -> None:
         print(f"note: {skipped_note(left_out)}", file=sys.stderr)
     model, tokenizer = load_model(args)
     if not patterns and (saved := settings(model)) is not None:
-        patterns = [saved]
-    result = perplexity(
-        model,
-        tokenizer,
-        documents,
-        **method,
-        patterns=patterns,
-        backend=args.backend,
-        dense=args.dense,
-        seed=args.seed,
-        without_adapter=hasattr(model, "disable_adapter"),
-        control=CONTROL if args.control else None,
-        left_out=left_out,
-        output=args.output,
-        overwrite=args.overwrite,
-        progress=not args.quiet,
-    )
+        patterns = [saved if args.backend == "auto" else replace(saved, backend=args.backend)]
+    with named_as_options():
+        result = perplexity(
+            model,
+            tokenizer,
+            documents,
+            **method,
+            patterns=patterns,
+            backend=args.backend,
+            dense=args.dense,
+            seed=args.seed,
+            without_adapter=hasattr(model, "disable_adapter"),
+            control=CONTROL if args.control else None,
+            left_out=left_out,
+            output=args.output,
+            overwrite=args.overwrite,
+            progress=not args.quiet,
+        )
     if not is_main:
         return
     print(f"{args.model}, {result.config['dtype']} on {result.machine['device']}")

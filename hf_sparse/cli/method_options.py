@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 MODES = ("full", "strided", "rolling")
+
+_FLAGS = {
+    "max_length": "--length",
+    "stride": "--step",
+}  # of settings that are called otherwise; the rest is spelled alike
+# A plain word is a setting only where a sentence names one: patterns have options of their own.
+_SETTING = re.compile(
+    r"(?:(?<![\w./(-])(max_length|bos_each_window|context_targets|key_tokens|mask_share|batch_size"
+    r"|prefill_chunk)\b(?!\.\w)"
+    r"|(?:(?<=with )|(?<=got )|(?<=use )|^)(stride|mode|bos|contexts)(?==| must | has ))(=(?:(?:True|False)\b)?)?"
+)
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,10 +113,25 @@ def method_of(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "prefill_chunk": args.prefill_chunk,
     }
-    if args.length < 3:
-        raise ValueError(f"--length must be >= 3 tokens (two to score), got {args.length}")
-    Method(**given)
+    with named_as_options():
+        Method(**given)
     return given
+
+
+@contextlib.contextmanager
+def named_as_options() -> Iterator[None]:
+    """Let a ValueError raised inside the block name the options of the command line, not the arguments they became."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(_SETTING.sub(_as_option, str(error))) from None
+
+
+def _as_option(setting: re.Match[str]) -> str:
+    name = setting[1] or setting[2]
+    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    ends = {"=": f"{flag} ", "=True": flag, "=False": flag.replace("--", "--no-", 1)}
+    return ends.get(setting[3], flag)
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -172,12 +172,15 @@ def _check(args: argparse.Namespace) -> None:
     check_backend(args.backend)
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
+    if (shortest := min(args.lengths)) < 1:
+        raise ValueError(f"--lengths must be >= 1, got {shortest}")
     for flag in ("samples", "batch_size", "prefill_chunk"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be >= 1, got {value}")
+    for flag in ("plot", "overwrite"):
+        if getattr(args, flag) and not args.output:
+            raise ValueError(f"--{flag} is about the output folder; name one with --output DIR")
     if args.plot:
-        if not args.output:
-            raise ValueError("--plot draws into the output folder; name one with --output DIR")
         from ..evaluate.plot import check_plot
 
         check_plot()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -21,6 +21,25 @@ class Skipped:
 
     name: str
     reason: str
+
+
+def named(documents: Iterable[Document | str]) -> Iterator[Document]:
+    """Yield the documents; plain strings get their place as a name.
+
+    Raises:
+        ValueError: one text where a list of them belongs, or something that is no text.
+    """
+    if isinstance(documents, (str, bytes, Document)):
+        raise ValueError("documents must be a list of texts, got a single one; put it into a list.")
+    for place, document in enumerate(documents):
+        if isinstance(document, str):
+            document = Document(f"document {place}", document)
+        if not isinstance(document, Document):
+            kind = type(document).__name__
+            raise ValueError(
+                f"document {place} is {kind}, no text; give strings, or hf_sparse.documents.Document."
+            )
+        yield document
 
 
 def fingerprint(documents: Iterable[Document]) -> str:

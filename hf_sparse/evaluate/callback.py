@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ..documents import Document
+from ..documents import Document, named
 from ..hf import settings
 from .head import ChunkedHead
 from .method import Method
 from .perplexity import perplexity
+from .preparation import prepare
 from .results import Result
-from .tokens import tokenize
 from .variants import chosen_variants
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ class PerplexityCallback(TrainerCallback):
         **method: Any,
     ) -> None:
         self.trainer = trainer
-        named = (Document(f"document {i}", d) if isinstance(d, str) else d for i, d in enumerate(documents))
-        self.documents = tuple(named)
+        self.documents = tuple(named(documents))
         self.every, self.without_adapter = every, without_adapter
         self.method = {"max_length": max_length, **method}
         self._figures: dict[str, float] = {}  # of the weights between two steps
@@ -146,8 +145,9 @@ class PerplexityCallback(TrainerCallback):
             )
         chosen_variants(trainer.model, [], "auto", self.without_adapter)
         method = Method(**self.method)
-        masked = ChunkedHead(trainer.model, method.head_chunk).masked
-        tokenize(trainer.processing_class, self.documents, method.cut, method.bos, masked=masked)
+        prepare(
+            ChunkedHead(trainer.model, method.head_chunk), trainer.processing_class, self.documents, method
+        )
 
 
 def _figures(result: Result) -> dict[str, float]:

@@ -79,9 +79,7 @@ class Evaluation:
     def serve(self) -> Served:
         """Read the longest window as a prompt."""
         ids = max((document.ids for document in self.text.documents), key=len)[: self.method.max_length]
-        return serve(
-            self.head.model, ids, self.device, chunk=self.method.prefill_chunk, cached=not self.head.masked
-        )
+        return serve(self.head, ids, self.device, chunk=self.method.prefill_chunk)
 
     def _group(self, variant: Variant, group: list[int], keys: dict[int, list[int]] | None) -> list[Row]:
         """Return the rows of a few documents.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,12 +50,18 @@ class ChunkedHead:
             model.get_base_model() if hasattr(model, "get_base_model") else model
         )  # out of a PeftModel
         self.name = type(base).__name__
+        if not hasattr(base, "config"):
+            raise ValueError(
+                f"{self.name} is no model of transformers; give that itself, out of whatever it is wrapped in."
+            )
         self.masked = is_masked(base)
         if getattr(base.config, "is_encoder_decoder", False) or base.get_output_embeddings() is None:
             raise ValueError(
                 f"{self.name} has no causal language-model head, so it has no perplexity; "
                 "load a decoder with AutoModelForCausalLM, or an encoder with AutoModelForMaskedLM."
             )
+        takes = inspect.signature(type(base).forward).parameters
+        self.cached = not self.masked and "past_key_values" in takes  # keys and values of earlier tokens
         self.body: nn.Module = base.base_model if self.masked else base.get_decoder()
 
     def states(self, ids: Tensor, **inputs: Any) -> States:

@@ -135,7 +135,7 @@ def _proof(result: Result) -> str:
 
 
 def _documents(result: Result) -> str:
-    """Return a row per document: what each run costs there; the runs' own figures first for the dense ones."""
+    """Return a row per document: the nats of every run that is held against none, and what each other one adds."""
     rows = [("document", "tokens", *(_column(result, run) for run in result.runs))]
     for i, document in enumerate(result.text.documents):
         cells = []
@@ -146,7 +146,10 @@ def _documents(result: Result) -> str:
                 f"{nats / document.tokens:.4f}" if run is dense else f"{nats / document.tokens:+.4f}"
             )
         rows.append((document.name, f"{document.tokens:,}", *cells))
-    summary = f"{len(rows) - 1:,} documents: nats/token of dense attention, and what each pattern adds to it"
+    measured = "every run"
+    if any(run is not result.dense_of(run) for run in result.runs):
+        measured = "dense attention, and what each pattern adds to it"
+    summary = f"{len(rows) - 1:,} documents: nats/token of {measured}"
     skipped = "".join(f"<li>{escape(each.name)}: {escape(each.reason)}</li>" for each in result.text.skipped)
     more = f"<details><summary>{len(result.text.skipped):,} skipped</summary><ul>{skipped}</ul></details>"
     shown = f"<details><summary>{summary}</summary>\n{html_table(rows)}\n</details>"

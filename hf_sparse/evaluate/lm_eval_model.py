@@ -151,6 +151,15 @@ class SparseHFLM(HFLM):
                 seq_len=self.max_length,
             )
 
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        counted = self.counted
+        try:
+            return super()._detect_batch_size(*args, **kwargs)
+        finally:
+            self.counted = (
+                counted  # batches of equal tokens, tried out for their size, are no part of the figures
+            )
+
     def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with recording() as recorder:
             logits = super()._model_call(*args, **kwargs)

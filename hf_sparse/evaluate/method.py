@@ -69,6 +69,7 @@ class Method:
             raise ValueError(f"mask_share must be in (0, 1], got {self.mask_share}; 0.15 is usual.")
         self._check_stride()
         self._check_contexts()
+        self._check_key_tokens()
 
     @property
     def step(self) -> int:
@@ -103,7 +104,16 @@ class Method:
         return list(windows.strided(n, self.key_tokens, max(1, self.key_tokens // 4), self.bos))
 
     def without_prefix(self) -> Method:
-        """Return the same for a tokenizer that has neither BOS nor EOS."""
+        """Return the same for a tokenizer that has neither BOS nor EOS, or is not asked for them.
+
+        Raises:
+            ValueError: later windows were to begin with one.
+        """
+        if self.bos_each_window:
+            raise ValueError(
+                "bos_each_window=True asks for a token that this tokenizer lacks: it has neither BOS nor EOS; "
+                "leave it out."
+            )
         return replace(self, bos=False, bos_each_window=None)
 
     def for_encoder(self) -> Method:
@@ -116,11 +126,21 @@ class Method:
             raise ValueError(
                 "mode='strided' is for causal models; an encoder sees both sides: use full or rolling."
             )
-        for name in ("contexts", "key_tokens", "prefill_chunk"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is for causal models, this is an encoder; leave it out."
-                )
+        for name in ("bos", "bos_each_window", "contexts", "key_tokens", "prefill_chunk"):
+            if (value := getattr(self, name)) != getattr(Method, name):
+                raise ValueError(f"{name}={value} is for causal models, this is an encoder; leave it out.")
+        return self
+
+    def for_causal(self) -> Method:
+        """Return the same where it makes sense for causal models.
+
+        Raises:
+            ValueError: settings that only encoders have.
+        """
+        if self.mask_share != Method.mask_share:
+            raise ValueError(
+                f"mask_share={self.mask_share} is for encoders, this is a causal model; leave it out."
+            )
         return self
 
     def as_json(self) -> dict[str, Any]:
@@ -148,6 +168,11 @@ class Method:
             )
 
     def _check_contexts(self) -> None:
+        if not self.contexts and self.context_targets != Method.context_targets:
+            raise ValueError(
+                f"context_targets={self.context_targets} is of the context curve, and there is none; "
+                "name contexts, or leave it out."
+            )
         for context in self.contexts:
             _check_whole("contexts", context, 2, "tokens")
             if context <= self.context_targets:
@@ -161,6 +186,8 @@ class Method:
                 )
         if len(set(self.contexts)) < len(self.contexts):
             raise ValueError(f"contexts has one length twice: {list(self.contexts)}; name each once.")
+
+    def _check_key_tokens(self) -> None:
         if self.key_tokens is not None:
             _check_whole("key_tokens", self.key_tokens, 8, "tokens of the short context")
             if self.mode != "full" or self.key_tokens >= self.max_length:
@@ -182,6 +209,12 @@ def key_positions(whole: np.ndarray, short: np.ndarray) -> np.ndarray:
 def as_contexts(lengths: Sequence[int]) -> tuple[int, ...]:
     """Return the lengths as the sorted tuple that a Method takes."""
     return tuple(sorted(lengths))
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError for what no generator of random numbers can begin with."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
 
 
 def _check_whole(name: str, value: Any, least: int, unit: str) -> None:

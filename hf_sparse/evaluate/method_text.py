@@ -1,4 +1,4 @@
-"""How an evaluation was made, in three sentences."""
+"""How an evaluation was made, in a few sentences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PREFIX = {
 
 
 def method_sentences(result: Result) -> list[str]:
-    """Return what was read and scored, what the runs share, and where the intervals come from."""
+    """Return what was read and scored, what the runs share, and, where runs are compared, where intervals come from."""
     config = result.config
     how = _READ[config["mode"]].format(**config)
     measure = (
@@ -29,11 +29,19 @@ def method_sentences(result: Result) -> list[str]:
     )
     few = len(result.text.documents) < LEAST_DOCUMENTS
     drawn = f"blocks of {BLOCK_TOKENS:,} tokens" if few else "whole documents"
-    return [
+    compared = any(run is not result.dense_of(run) for run in result.runs)
+    who = (
+        "Dense attention and every pattern" if any(not run.sparse for run in result.runs) else "All patterns"
+    )
+    told = [
         f"Each document is read by itself, {_PREFIX[config['prefix']]}, {how}; {measure}, and perplexity is exp of the "
         "summed loss over all tokens.",
-        "Dense attention and every pattern score the same tokens with the same weights, and what a pattern computed is "
-        "counted in the attention calls as they run.",
-        f"Differences are paired, token by token; their 95 % intervals come from {RESAMPLES:,} bootstrap draws of "
-        f"{drawn}.",
+        f"{who} score the same tokens, and what a pattern computed is counted in the attention "
+        "calls as they run.",
     ]
+    if compared:
+        told.append(
+            f"Differences are paired, token by token; their 95 % intervals come from {RESAMPLES:,} bootstrap draws of "
+            f"{drawn}."
+        )
+    return told

@@ -19,14 +19,16 @@ from .evaluation import Evaluation
 from .head import ChunkedHead
 from .journal import Journal
 from .machine import PeakMemory, describe_machine
-from .method import Method, as_contexts
+from .method import Method, as_contexts, check_seed
+from .preparation import prepare, trained_length
 from .processes import current_processes
 from .results import Result
 from .rows import order, position_tokens, run_of
-from .scoring import CausalScorer, MaskedScorer, Scorer
+from .scoring import LONG, CausalScorer, MaskedScorer, Scorer
 from .serving import Served
-from .tokens import ScoredText, check_vocabulary, tokenize
+from .tokens import ScoredText
 from .variants import (
+    Variant,
     base_of,
     check_sparse,
     check_variants,
@@ -99,7 +101,8 @@ def perplexity(
     Raises:
         ValueError: a model without a language-model head or whose head cannot be run in chunks, an unknown pattern,
             texts with nothing to score, more positions or tokens than the model has, settings that contradict each
-            other, an output folder of another evaluation, or a sparse run in which no attention call was sparse.
+            other or that this kind of model does not have, an output folder of another evaluation, or a sparse run in
+            which no attention call was sparse.
     """
     variants = chosen_variants(model, patterns, backend, without_adapter, control, dense)
     if key_tokens is not None and not dense:
@@ -118,20 +121,12 @@ def perplexity(
         prefill_chunk=prefill_chunk,
         head_chunk=head_chunk,
     )
+    check_seed(seed)
     head = ChunkedHead(model, head_chunk)
     base = base_of(model)
-    _check_length(base, max_length)
-    named = (Document(f"document {i}", d) if isinstance(d, str) else d for i, d in enumerate(documents))
-    if head.masked:
-        method = method.for_encoder()
-    around = _special_tokens(tokenizer) if head.masked else ([], [])
-    cut = None if method.cut is None else method.cut - len(around[0]) - len(around[1])
-    text = tokenize(tokenizer, named, cut, bos, masked=head.masked)
-    text = replace(text, skipped=(*left_out, *text.skipped))
-    if text.prefix == "none":
-        method = method.without_prefix()
-    _check_contexts(text, method)
-    check_vocabulary(max(int(document.ids.max()) for document in text.documents), base)
+    prepared = prepare(head, tokenizer, documents, method)
+    method = prepared.method
+    text = replace(prepared.text, skipped=(*left_out, *prepared.text.skipped))
     device = base.get_input_embeddings().weight.device
     config = {
         **method.as_json(),
@@ -139,7 +134,7 @@ def perplexity(
         "architecture": type(base).__name__,
         "measure": "pseudo-log-likelihood" if head.masked else "log-likelihood",
         "dtype": str(base.dtype).removeprefix("torch."),
-        "trained_length": getattr(base.config, "max_position_embeddings", None),
+        "trained_length": trained_length(base),
         "backend": backend,
         "prefix": text.prefix,
         "seed": seed,
@@ -155,10 +150,12 @@ def perplexity(
         "versions": machine["versions"],
         "device": device.type,
     }
-    scorer = _scorer(head, tokenizer, text, method, device, around, seed)
+    scorer = _scorer(head, tokenizer, text, method, device, prepared.around, seed)
     served: list[Served | None] = []
     with measured_in_eval_mode(model), torch.inference_mode():
         head.check(text.documents[0].ids[:PROBE_TOKENS].tolist(), device)
+        if isinstance(scorer, CausalScorer) and _in_chunks(variants, method):
+            scorer.check_chunks(max((document.ids for document in text.documents), key=len))
         check_variants(model, variants, control)
         journal = Journal(output, ROWS_FILE, identity, processes, overwrite)
         evaluation = Evaluation(head, scorer, text, method, device, journal, processes, progress)
@@ -180,6 +177,13 @@ def perplexity(
     keys = [len(row["key_positions"]) for row in rows if "key_positions" in row] or None
     counts = None if keys is None else np.array(keys)
     return Result(text, tuple(runs), position_tokens(text), counts, config, machine, identity, tuple(rows))
+
+
+def _in_chunks(variants: Sequence[Variant], method: Method) -> bool:
+    """True where a run may feed a window in chunks, see `scoring.fed_at_once`."""
+    if method.prefill_chunk is not None:
+        return method.prefill_chunk < method.max_length
+    return method.max_length > LONG and any(variant.sparse for variant in variants)
 
 
 def _scorer(
@@ -205,37 +209,3 @@ def _scorer(
     return CausalScorer(
         head, device, batch_size=method.batch_size, prefill_chunk=method.prefill_chunk, prefix=prefix
     )
-
-
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the special tokens an encoder expects before and after its text."""
-    if tokenizer.mask_token_id is None:
-        raise ValueError(
-            "this tokenizer has no mask token, which a masked-token model is scored with; set one."
-        )
-    before = [token for token in (tokenizer.cls_token_id,) if token is not None]
-    after = [token for token in (tokenizer.sep_token_id,) if token is not None]
-    return before, after
-
-
-def _check_length(base: Any, max_length: int) -> None:
-    """Raise ValueError where learned positions end before `max_length`; rotary models may be asked to go on."""
-    limit = getattr(base.config, "max_position_embeddings", None)
-    for name, module in base.named_modules():  # RoBERTa begins to count behind the padding's position
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limit = module.num_embeddings - module.padding_idx - 1
-    if limit and max_length > limit and getattr(base.config, "rope_parameters", None) is None:
-        raise ValueError(
-            f"max_length={max_length} is beyond the {limit} positions of {type(base).__name__}; "
-            f"use max_length={limit} or less."
-        )
-
-
-def _check_contexts(text: ScoredText, method: Method) -> None:
-    """Raise ValueError where no document is long enough for the context curve."""
-    longest = max(len(document.ids) for document in text.documents)
-    if method.contexts and longest < max(method.contexts):
-        raise ValueError(
-            f"no document reaches the {max(method.contexts)} tokens of the longest context, the longest has {longest}; "
-            "name shorter contexts, or longer texts."
-        )

@@ -17,6 +17,7 @@ from .variants import base_of
 from .windows import Window
 
 LONG, CHUNK = 32_768, 8_192  # tokens: above LONG a patched model is fed CHUNK at a time
+CHECKED = 64  # tokens that chunks are tried on
 ROWS = 128  # positions whose logits are copied to float32 at a time
 
 
@@ -54,6 +55,28 @@ class CausalScorer:
         for begin in range(0, len(jobs), self.batch_size):
             found += self._batch(jobs[begin : begin + self.batch_size])
         return found
+
+    def check_chunks(self, ids: np.ndarray) -> None:
+        """Raise ValueError unless tokens fed in chunks score as they do when they are fed at once.
+
+        Models with recurrent layers may begin anew with every chunk, whatever the cache holds.
+
+        Args:
+            ids: of the longest document.
+        """
+        ids = ids[:CHECKED]
+        window = Window(0, len(ids), 1)
+        whole, parts = (
+            CausalScorer(self.head, self.device, prefill_chunk=chunk).nats([(ids, window)])[0]
+            for chunk in (len(ids), len(ids) // 2)
+        )
+        is_coarse = self.head.model.dtype in (torch.float16, torch.bfloat16)
+        if not abs(parts - whole).max() <= (2e-2 if is_coarse else 1e-4) * whole.max():
+            raise ValueError(
+                f"{self.head.name} scores tokens otherwise when they are fed in chunks, as its layers do not take up "
+                "what the cache holds; leave prefill_chunk out, and use a max_length of at most "
+                f"{LONG}."
+            )
 
     def _batch(self, jobs: Sequence[tuple[np.ndarray, Window]]) -> list[np.ndarray]:
         lengths = [window.fed for _, window in jobs]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from .head import ChunkedHead
 from .scoring import empty_cache, fed_at_once
 
 REPEATS = 3
@@ -32,22 +32,19 @@ class Served:
 
 
 @torch.inference_mode()
-def serve(
-    model: Any, ids: np.ndarray, device: torch.device, *, chunk: int | None = None, cached: bool = True
-) -> Served:
-    """Read the prompt ids [N] up to three times and return the median time.
+def serve(head: ChunkedHead, ids: np.ndarray, device: torch.device, *, chunk: int | None = None) -> Served:
+    """Read the prompt ids [N] up to three times and return the median time; models without a cache only read it.
 
     Args:
         chunk: tokens fed at a time; None as `scoring.fed_at_once` says.
-        cached: False for models without a cache, which are then only read.
     """
     prompt = torch.from_numpy(ids.astype(np.int64))[None].to(device)
     seconds: list[float] = []
     kv_bytes = None
     while len(seconds) < REPEATS and sum(seconds) < ENOUGH_SECONDS:
-        cache = empty_cache(model) if cached else None
+        cache = empty_cache(head.model) if head.cached else None
         start = time.perf_counter()
-        _read(model, prompt, cache, fed_at_once(model, len(ids), chunk))
+        _read(head, prompt, cache, fed_at_once(head.model, len(ids), chunk))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
@@ -63,9 +60,10 @@ def held_bytes(cache: Cache) -> int:
     return sum(x.numel() * x.element_size() for x in kept if x is not None)
 
 
-def _read(model: Any, prompt: Tensor, cache: Any, step: int) -> None:
+def _read(head: ChunkedHead, prompt: Tensor, cache: Cache | None, step: int) -> None:
+    """Run the body over the whole prompt and the output head on the last position of each part."""
     if cache is None:
-        model(input_ids=prompt)
+        head.states(prompt)
         return
     for part in prompt.split(step, dim=1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        head.states(part, past_key_values=cache, use_cache=True)

@@ -91,7 +91,8 @@ def tokenize(
 
     The bytes are those of the scored text itself. A fast tokenizer says where each token lies in the document: the text
     runs from the end of the first token that is context only (or from the start) to the end of the last one kept, so
-    a character cut in two by the truncation counts whole. A slow one has no offsets: its scored tokens are decoded.
+    a character cut in two by the truncation counts whole. A slow one has no offsets: of a document that is not scored
+    as a whole, the scored tokens are decoded.
     Documents without text, or with fewer than 2 tokens to score, are skipped.
 
     Raises:
@@ -157,7 +158,9 @@ def _tokenize_one(
     kept = len(ids) if max_length is None else min(len(ids), max_length - len(prefix))
     if kept - first < 2:
         return None
-    if fast:
+    if first == 0 and kept == len(ids):
+        text = document.text
+    elif fast:
         text = _between(document.text, encoded["offset_mapping"], first, kept)
     else:
         text = tokenizer.decode(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def chosen_variants(
 ) -> list[Variant]:
     """Return dense and every pattern, first without and then with the adapter; the dense control comes last.
 
-    Without `dense` there are only the patterns.
+    Without `dense` there are only the patterns. Settings that leave their backend open get `backend`.
 
     Raises:
         ValueError: an unknown pattern or backend, a pattern given twice, or adapters asked of a model that has none.
@@ -68,9 +68,9 @@ def chosen_variants(
         raise ValueError(
             f"only a PeftModel has adapters to compare, got {type(model).__name__}; load the adapter first."
         )
+    sparse = [p if isinstance(p, SparseSettings) else SparseSettings(get_pattern(p)) for p in patterns]
     sparse = [
-        p if isinstance(p, SparseSettings) else SparseSettings(get_pattern(p), backend=backend)
-        for p in patterns
+        replace(setting, backend=backend) if setting.backend == "auto" else setting for setting in sparse
     ]
     if not dense and (control or not sparse):
         raise ValueError(
@@ -109,8 +109,12 @@ def check_variants(model: Any, variants: Sequence[Variant], control: str | None 
 
 @contextmanager
 def measured_in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode inside the block; afterwards its modules and torch's random state are as before."""
+    """Put the model in eval mode inside the block; afterwards its modules and torch's random state are as before.
+
+    So is which weights are trained: peft marks those of every adapter that it switches.
+    """
     training = {name for name, module in model.named_modules() if module.training}
+    trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
     model.eval()
     devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
     try:
@@ -119,6 +123,8 @@ def measured_in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for name, module in model.named_modules():
             module.training = name in training
+        for name, weight in model.named_parameters():
+            weight.requires_grad = trained.get(name, weight.requires_grad)
 
 
 def check_sparse(variant: Variant, counted: Counted, name: str) -> None:

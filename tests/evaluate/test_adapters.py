@@ -84,6 +84,17 @@ def test_the_control_is_run_densely_and_the_gap_uses_it(tiny_model, tiny_tokeniz
     assert "above the dense control" in table(result)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_which_weights_are_trained_stays_as_it_was(tiny_model, tiny_tokenizer, trained):
+    model = adapted(tiny_model, 1, modules_to_save=["norm"])
+    model.add_adapter("other", model.peft_config["default"])
+    if not trained:  # as after loading for inference
+        model.requires_grad_(False)
+    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    perplexity(model, tiny_tokenizer, TEXTS[:1], max_length=50, without_adapter=True, control="other")
+    assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before
+
+
 def test_adapters_that_change_the_input_are_refused(tiny_model, tiny_tokenizer):
     model = get_peft_model(tiny_model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="LlamaForCausalLM"):

@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -108,6 +110,18 @@ def test_figures_are_those_of_perplexity_and_reach_every_reader(make_trainer, ti
     )
     assert last["eval_sparse_density"] == own.density < 1
     assert trainer.evaluate()["eval_dense_perplexity"] == pytest.approx(result.perplexity(dense), rel=1e-6)
+
+
+def test_what_the_model_cannot_read_is_said_before_the_training(make_trainer, tiny_tokenizer):
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=4, n_positions=64))
+    trainer = make_trainer(gpt2)
+    with pytest.raises(ValueError, match=r"max_length=65 is beyond the 64 positions"):
+        PerplexityCallback(trainer, TEXTS, max_length=65)
+    with pytest.raises(ValueError, match=r"no document reaches the 60 tokens"):
+        PerplexityCallback(trainer, [TEXTS[0][:40]], max_length=60, contexts=(60,), context_targets=8)
+    with pytest.raises(ValueError, match=r"mask_share=0.5 is for encoders"):
+        PerplexityCallback(trainer, TEXTS, max_length=60, mask_share=0.5)
 
 
 @pytest.mark.parametrize("every", [None, 1])

@@ -125,5 +125,19 @@ def test_the_page_has_every_document_and_the_proof(result, tmp_path):
 def test_the_method_is_told_as_it_was(tiny_model, tiny_tokenizer, tmp_path, method, words):
     result = perplexity(tiny_model, tiny_tokenizer, [SOURCE[:400]], max_length=60, **method)
     text = "".join(page_of(result, tmp_path).text)
-    assert words in text and "blocks of 2,048 tokens" in text
-    assert "No pattern was measured" in text
+    assert words in text and "No pattern was measured" in text and "bootstrap" not in text
+    result = perplexity(
+        tiny_model, tiny_tokenizer, [SOURCE[:400]], max_length=60, patterns=["strided"], **method
+    )
+    assert "bootstrap draws of blocks of 2,048 tokens" in "".join(page_of(result, tmp_path).text)
+
+
+def test_without_dense_attention_the_page_does_not_speak_of_it(tiny_model, tiny_tokenizer, tmp_path):
+    patterns = [hf_sparse.SlidingWindow(6), hf_sparse.SlidingWindow(9)]
+    texts = [SOURCE[i * 900 : i * 900 + 400] for i in range(6)]
+    result = perplexity(tiny_model, tiny_tokenizer, texts, max_length=60, patterns=patterns, dense=False)
+    page = page_of(result, tmp_path)
+    text = "".join(page.text)
+    assert "All patterns score the same tokens" in text and "6 documents: nats/token of every run" in text
+    assert "Dense attention" not in text and "bootstrap" not in text
+    assert [image["alt"] for image in page.named("img")] == ["loss by position"]

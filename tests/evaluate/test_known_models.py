@@ -1,5 +1,6 @@
 """Models whose perplexity is known: a bigram chain, and encoders scored one masked token at a time."""
 
+import copy
 import math
 
 import numpy as np
@@ -105,8 +106,6 @@ ENCODERS = {
 
 @pytest.fixture
 def encoder_tokenizer(tiny_tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.cls_token, tokenizer.sep_token, tokenizer.mask_token = "<s>", "</s>", "!"
     return tokenizer
@@ -165,6 +164,21 @@ def test_an_encoder_refuses_what_it_cannot_do(encoder_tokenizer, tiny_tokenizer)
     model = BertForMaskedLM(BertConfig(**SMALL)).eval()
     with pytest.raises(ValueError, match=r"mode='strided' is for causal models"):
         perplexity(model, encoder_tokenizer, TEXTS, max_length=64, mode="strided")
+    for settings, message in (
+        ({"bos": False}, r"bos=False is for causal models, this is an encoder"),
+        ({"bos_each_window": True}, r"bos_each_window=True is for causal models"),
+        ({"max_length": 4}, r"max_length=4 leaves too little room .* use max_length=5 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            perplexity(model, encoder_tokenizer, TEXTS, **{"max_length": 64, **settings})
+    assert perplexity(model, encoder_tokenizer, TEXTS[:1], max_length=5).tokens[0] == 3
+    small = BertForMaskedLM(BertConfig(**{**SMALL, "vocab_size": 399})).eval()
+    outside = copy.deepcopy(encoder_tokenizer)
+    outside.mask_token = outside.convert_ids_to_tokens(399)
+    with pytest.raises(
+        ValueError, match=r"the tokenizer gives the token 399, but BertForMaskedLM knows only"
+    ):
+        perplexity(small, outside, ["import os " * 9], max_length=64)
     with pytest.raises(ValueError, match=r"has no mask token"):
         perplexity(model, tiny_tokenizer, TEXTS, max_length=64)
     with pytest.raises(ValueError, match=r"max_length=131 is beyond the 130 positions"):

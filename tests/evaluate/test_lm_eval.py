@@ -244,6 +244,16 @@ def test_the_first_process_has_the_counts_of_all(tiny_model, tiny_tokenizer, mon
     assert model.counted.calls == 0
 
 
+def test_trying_out_batch_sizes_is_not_counted(tiny_model, tiny_tokenizer):
+    """With batch_size=auto lm_eval runs batches of equal tokens, which are no part of any figure."""
+    hf_sparse.patch_model(tiny_model, "sliding_window", window=5)
+    model = SparseHFLM(tiny_model, tokenizer=tiny_tokenizer, max_length=LENGTH, max_batch_size=2)
+    model._model_call(torch.zeros(1, 20, dtype=torch.long))
+    before = model.counted
+    assert model._detect_batch_size() == 2
+    assert model.counted == before and before.calls == 2
+
+
 def test_the_implementation_of_a_plain_model(tiny_model_folder):
     model = SparseHFLM(str(tiny_model_folder), device="cpu", attn_implementation="sparse_longformer")
     assert model.proof()["settings"]["pattern"]["name"] == "longformer"

@@ -3,6 +3,7 @@
 import argparse
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,39 @@ def test_truncation_counts_what_is_kept_and_cut(tiny_tokenizer):
     (document,) = text.documents
     assert (len(document.ids), document.tokens, document.truncated) == (50, 49, len(ids) - 49)
     assert document.text_bytes == len(tiny_tokenizer.decode(ids[:49]).encode())
+
+
+class SlowTokenizer:
+    """Words of a fixed list, everything else unknown; it knows no offsets."""
+
+    bos_token_id, eos_token_id = 0, None
+    words = ("<s>", "<unk>", "one", "two", "three")
+
+    def __call__(self, text, **kwargs):
+        known = {word: i for i, word in enumerate(self.words)}
+        return {"input_ids": [known.get(word.lower(), 1) for word in text.split()]}
+
+    def decode(self, ids, **kwargs):
+        return " ".join(self.words[i] for i in ids)
+
+
+def test_a_tokenizer_without_offsets_has_the_bytes_of_a_whole_text():
+    text = "One  two   extraordinary THREE\n"
+    (whole,) = tokenize(SlowTokenizer(), [Document("a", text)], 100).documents
+    assert (whole.text_bytes, whole.words) == (len(text), 5)  # what decoding gives has 19 bytes
+    (cut,) = tokenize(SlowTokenizer(), [Document("a", text)], 4).documents
+    assert (cut.text_bytes, cut.truncated) == (len("one two <unk>"), 1)
+
+
+def test_settings_that_leave_the_backend_open_get_the_one_asked_for(tiny_model, tiny_tokenizer):
+    window = hf_sparse.SlidingWindow(window=8)
+    hf_sparse.patch_model(tiny_model, window, layers=[1])
+    own = hf_sparse.hf.settings(tiny_model)
+    for given, wanted in ((own, "reference"), (replace(own, backend="torch"), "torch")):
+        result = perplexity(
+            tiny_model, tiny_tokenizer, TEXTS[:1], max_length=60, patterns=[given], backend="reference"
+        )
+        assert {name.split("/")[0] for name in result.runs[1].ran} == {wanted}
 
 
 def test_without_a_prefix_the_first_token_is_context(tiny_tokenizer):

@@ -256,3 +256,11 @@ def test_a_run_that_is_not_a_number_is_named(figures, drawn):
         names = [text.get_text() for text in figure.legends[0].get_texts()]
         assert f"{broken['title']}: off the scale, not a number" in names
     assert any("not a number, 2x" in text.get_text() for text in drawn[2].axes[0].texts)
+
+
+@pytest.mark.parametrize("draw", [loss_by_position, perplexity_by_context])
+def test_without_a_comparison_there_is_no_panel_for_it(figures, drawn, draw):
+    draw(figures | {"runs": figures["runs"][:1]})
+    draw(figures)
+    assert [len(figure.axes) for figure in drawn] == [1, 2]
+    assert drawn[0].axes[0].get_xlabel() == drawn[1].axes[1].get_xlabel() != ""

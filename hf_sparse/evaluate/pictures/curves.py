@@ -47,7 +47,7 @@ class Curve:
 def draw_curves(
     curves: list[Curve], value: Callable[[float], float], above_title: str, x_title: str, trained: int | None
 ) -> bytes:
-    """Return a PNG of two panels over the same x, in powers of 2.
+    """Return a PNG of two panels over the same x, in powers of 2; of the upper one where nothing is held against dense.
 
     The band below is the 95 % interval; points without one get none. Runs that lost more than FARTHEST are named in the
     legend only.
@@ -58,48 +58,56 @@ def draw_curves(
         trained: tokens the model was trained on, marked where the curves go beyond.
     """
     columns = 2 if len(curves) > 4 and max(len(c.title) for c in curves) <= _TWO_COLUMNS else 1
-    height = 7 + _LEGEND_ROW * math.ceil((len(curves) + 1) / columns)
+    compared = any(point.above is not None for curve in curves for point in curve.points)
+    height = (7 if compared else 4) + _LEGEND_ROW * math.ceil((len(curves) + 1) / columns)
     figure = new_figure(8.5, height, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    band = 0.2 if len(curves) <= _CROWDED else 0.06  # opacity
+    panels = figure.subplots(1 + compared, 1, sharex=True, squeeze=False)[:, 0]
     best = min(curve.nats_per_token for curve in curves)
+    shown = []
     for curve, style in zip(curves, styles([curve.sparse for curve in curves]), strict=True):
-        if not (excess := curve.nats_per_token - best) <= FARTHEST:
+        if (excess := curve.nats_per_token - best) <= FARTHEST:
+            shown.append((curve, style))
+            x = [point.x for point in curve.points]
+            y = [value(point.nats) for point in curve.points if point.nats is not None]
+            panels[0].plot(x, y, label=short(curve.title), **style)
+        else:
             where = f"{excess:.1f} nats above" if math.isfinite(excess) else "not a number"
-            name = f"{short(curve.title)}: off the scale, {where}"
-            above.plot([], [], label=name, **style)
-            continue
-        x = [point.x for point in curve.points]
-        above.plot(
-            x,
-            [value(point.nats) for point in curve.points if point.nats is not None],
-            label=short(curve.title),
-            **style,
-        )
-        lost = [point.above for point in curve.points if point.above is not None]
-        if lost:
-            below.plot(x, _numbers(lost, "estimate"), **style)
-            low, high = _numbers(lost, "low"), _numbers(lost, "high")
-            below.fill_between(x, low, high, color=style["color"], alpha=band, linewidth=0)
-    below.axhline(0, color="gray", linewidth=0.8)
+            panels[0].plot([], [], label=f"{short(curve.title)}: off the scale, {where}", **style)
+    panels[0].set(ylabel=above_title)
+    if compared:
+        _draw_lost(panels[1], shown, crowded=len(curves) > _CROWDED)
     if trained and trained < max(point.x for curve in curves for point in curve.points):
         name = f"trained on {trained:,} tokens: extrapolation beyond"
-        above.axvline(trained, color="gray", linestyle=":", label=name)
-        below.axvline(trained, color="gray", linestyle=":")
-    above.set(ylabel=above_title)
-    below.set(xlabel=x_title, ylabel="nats/token above dense, 95 % interval")
-    below.set_xscale("log", base=2)
-    below.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    low_end, high_end = (1.1 * end for end in below.dataLim.intervaly)
-    low_end, high_end = min(low_end, -LEAST_SPAN), max(high_end, LEAST_SPAN)
-    if len(curves) > _CROWDED:
-        scale_loss(below, low_end, high_end)
-    else:
-        below.set_ylim(low_end, high_end)
+        for panel in panels:
+            label = name if panel is panels[0] else None
+            panel.axvline(trained, color="gray", linestyle=":", label=label)
+    panels[-1].set(xlabel=x_title)
+    panels[-1].set_xscale("log", base=2)
+    panels[-1].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     figure.legend(loc="outside lower center", fontsize="small", ncols=columns)
-    above.grid(alpha=0.3)
-    below.grid(alpha=0.3)
+    for panel in panels:
+        panel.grid(alpha=0.3)
     return png(figure)
+
+
+def _draw_lost(axes: Any, shown: list[tuple[Curve, dict[str, Any]]], crowded: bool) -> None:
+    """Draw what each sparse run loses to dense, with its interval."""
+    for curve, style in shown:
+        lost = [point.above for point in curve.points if point.above is not None]
+        if lost:
+            x = [point.x for point in curve.points]
+            axes.plot(x, _numbers(lost, "estimate"), **style)
+            low, high = _numbers(lost, "low"), _numbers(lost, "high")
+            opacity = 0.06 if crowded else 0.2
+            axes.fill_between(x, low, high, color=style["color"], alpha=opacity, linewidth=0)
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set(ylabel="nats/token above dense, 95 % interval")
+    low_end, high_end = (1.1 * end for end in axes.dataLim.intervaly)
+    low_end, high_end = min(low_end, -LEAST_SPAN), max(high_end, LEAST_SPAN)
+    if crowded:
+        scale_loss(axes, low_end, high_end)
+    else:
+        axes.set_ylim(low_end, high_end)
 
 
 def _numbers(lost: list[dict[str, Any]], key: str) -> list[float]:

@@ -94,6 +94,11 @@ class DepthProbe(Probe):
             )
         told = self.tell(place, draw)
         question, answer = material.split(told.question, told.answer)
+        if not answer or material.tokenizer.unk_token_id in (*question, *answer):
+            raise ValueError(
+                f"the tokenizer has no tokens for {told.question + told.answer!r}, which {self} asks for; use the "
+                "probe copy, which needs no words."
+            )
         texts = [told.intro, *(text for _, text in told.facts)]
         words = (
             sum(len(material.encode(text)) for text in texts)

@@ -37,7 +37,8 @@ def lay_out(
     """Return the cells in order; without `distances` those are the powers of two that fit every length.
 
     Raises:
-        ValueError: no probe, one given twice, a length or place given twice, or no power of two that fits.
+        ValueError: no probe, one given twice, a length or place given twice, a place that is no number, or no power of
+            two that fits.
     """
     _check_each_once("probe", [str(probe) for probe in probes])
     _check_each_once("length", lengths)
@@ -50,6 +51,8 @@ def lay_out(
         if probe.axis == "distance":
             places = _powers_that_fit(probe, min(lengths), material) if distances is None else distances
         _check_each_once(probe.axis, places)
+        for place in places:
+            _check_number(probe.axis, place)
         cells += [Cell(probe, length, place) for length in lengths for place in places]
     return cells
 
@@ -94,6 +97,12 @@ def _powers_that_fit(probe: Probe, length: int, material: Material) -> list[int]
     if not found:
         probe.check(material, length, length, np.random.default_rng(0))  # says what does not fit
     return found
+
+
+def _check_number(axis: str, place: object) -> None:
+    kinds, wanted = (int, "a whole number of tokens") if axis == "distance" else ((int, float), "a number")
+    if isinstance(place, bool) or not isinstance(place, kinds):
+        raise ValueError(f"a {axis} must be {wanted}, got {place!r}.")
 
 
 def _check_each_once(what: str, values: Sequence[object]) -> None:

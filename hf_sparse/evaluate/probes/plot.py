@@ -65,7 +65,7 @@ def _heat_maps(figures: Figures, probe: dict[str, Any]) -> bytes:
 
 def _lines(figures: Figures, probe: dict[str, Any]) -> bytes:
     """Draw the headline figure against the distance, a line with its interval per run and a mark at each window."""
-    runs, lengths, distances = figures["runs"], probe["lengths"], probe["places"]
+    runs, lengths, distances = figures["runs"], probe["lengths"], sorted(probe["places"])
     figure = new_figure(8, 3.6 * len(lengths) + 0.25 * len(runs) + 0.6, layout="constrained")
     grid = figure.subplots(len(lengths), 1, squeeze=False, sharex=True)[:, 0]
     drawn = styles([run["pattern"] is not None for run in runs])

@@ -23,7 +23,7 @@ class ProbeRun:
 
     answered: tokens of the answer; right: those that were the model's first guess; nats: summed over them.
     pairs, dense_pairs: counted over the sparse calls; see `Run` for the other figures.
-    window: tokens of the pattern's window, None where it has none.
+    window: tokens that the pattern's window reaches back, the gaps of a dilated one included; None where it has none.
     """
 
     label: str
@@ -102,10 +102,16 @@ class ProbeResult:
         return wilson(float(values.sum() / weights.sum()), len(values))
 
     def above_dense(self, run: ProbeRun, cell: int, name: str) -> Interval:
-        """Return the figure above dense's on the same samples, with the paired bootstrap interval."""
+        """Return the figure above dense's on the same samples, with a paired interval.
+
+        Of shares Newcombe's, of nats per token the bootstrap's, which has no width where all samples agree: that says
+        nothing of shares, which do so whenever one run finds everything and the other nothing.
+        """
         values, weights = self._values(run, cell, name)
         dense, _ = self._values(self.dense_of(run), cell, name)
-        return difference(values, dense, weights, "samples", self.config["seed"])
+        if name == "nats_per_token":
+            return difference(values, dense, weights, "samples", self.config["seed"])
+        return newcombe(values, dense, weights)
 
     def headlines(self, run: ProbeRun, probe: str) -> list[Interval]:
         """Return the headline figure of each cell of a probe."""
@@ -134,3 +140,22 @@ def wilson(share: float, trials: int) -> Interval:
     middle = (share + spread / 2) / (1 + spread)
     half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half), "samples", trials)
+
+
+def newcombe(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> Interval:
+    """Return the share of `a` above that of `b`, both sums [trials] of at most `weights`, with its 95 % interval.
+
+    The ends of both Wilson intervals, put together with the correlation of the pairs less its continuity correction
+    (method 10 of Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on
+    paired data", Statistics in Medicine 17).
+    """
+    trials, whole = len(weights), weights.sum()
+    one, two = (wilson(float(part.sum() / whole), trials) for part in (a, b))
+    x, y = ((part - share.estimate * weights) / weights for part, share in ((a, one), (b, two)))
+    spread, together = math.sqrt(float(x @ x) * float(y @ y)), float(x @ y)
+    correlation = (max(together - 0.5, 0.0) if together > 0 else together) / spread if spread > 1e-9 else 0.0
+    down = (one.estimate - one.low, two.high - two.estimate)
+    up = (one.high - one.estimate, two.estimate - two.low)
+    below, above = (math.sqrt(max(0.0, p * p - 2 * correlation * p * q + q * q)) for p, q in (down, up))
+    estimate = one.estimate - two.estimate
+    return Interval(estimate, estimate - below, estimate + above, "samples", trials)

@@ -13,6 +13,7 @@ from torch import nn
 from ...documents import Document
 from ...hf import SparseSettings
 from ...patterns import Pattern, Union
+from ...patterns.placed import Placed
 from ..counting import Counted
 from ..head import ChunkedHead
 from ..journal import Journal, Row
@@ -24,6 +25,7 @@ from ..variants import (
     Variant,
     base_of,
     check_sparse,
+    check_variants,
     chosen_variants,
     entered,
     measured_in_eval_mode,
@@ -91,6 +93,10 @@ def probe(
     for name, value in (("samples", samples), ("batch_size", batch_size), ("prefill_chunk", prefill_chunk)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+    if prefill_chunk is not None and batch_size > 1:
+        raise ValueError(
+            f"prefill_chunk={prefill_chunk} reads one sample at a time, got batch_size={batch_size}; use batch_size=1."
+        )
     variants = chosen_variants(model, patterns, backend, without_adapter, control)
     head = ChunkedHead(model, HEAD_CHUNK)
     if head.masked:
@@ -133,12 +139,13 @@ def probe(
         "device": device.type,
     }
     processes = current_processes()
-    journal = Journal(output, ROWS_FILE, identity, processes, overwrite)
     scorer = AnswerScorer(head, device, batch_size=batch_size, prefill_chunk=prefill_chunk)
-    work = Work(scorer, cells, made, samples, device, journal, processes, progress)
     served: list[Served | None] = []
     with measured_in_eval_mode(model), torch.inference_mode():
         head.check(made[0].ids[:HEAD_TOKENS].tolist(), device)
+        check_variants(model, variants, control)
+        journal = Journal(output, ROWS_FILE, identity, processes, overwrite)
+        work = Work(scorer, cells, made, samples, device, journal, processes, progress)
         with work.bar(len(variants)) as bar:
             for variant in variants:
                 bar.set_description(variant.title)
@@ -147,6 +154,7 @@ def probe(
                     work.run(variant, bar)
                     served.append(work.serve() if processes.is_main else None)
     rows = journal.finish(order)
+    served = processes.gather([served])[0]  # what the main process measured
     runs = []
     for variant, prompt in zip(variants, served, strict=True):
         own = [row for row in rows if row["run"] == variant.title]
@@ -183,10 +191,13 @@ def _run_of(variant: Variant, rows: Sequence[Row], served: Served | None, memory
 
 
 def _window(pattern: Pattern) -> int | None:
-    """Return the widest window of a pattern and its members; None where there is none."""
-    members = pattern.members if isinstance(pattern, Union) else (pattern,)
-    found = [window for member in members if isinstance(window := getattr(member, "window", None), int)]
-    return max(found, default=None)
+    """Return how many tokens the widest window of a pattern and its members reaches back; None where there is none."""
+    if isinstance(pattern, (Union, Placed)):  # the window of a Placed one is no limit of what is seen
+        return max(filter(None, map(_window, pattern.members)), default=None)
+    window, dilation = getattr(pattern, "window", None), getattr(pattern, "dilation", 1)
+    if not isinstance(window, int):  # none, or one for each layer
+        return None
+    return window * (max(dilation) if isinstance(dilation, tuple) else dilation)
 
 
 def _check_positions(base: Any, longest: int) -> None:

@@ -80,7 +80,7 @@ class Work:
     def serve(self) -> Served:
         """Read the longest sample as a prompt."""
         ids = max((sample.ids for sample in self.made), key=len)
-        return serve(self.scorer.head.model, ids, self.device, chunk=self.scorer.prefill_chunk)
+        return serve(self.scorer.head, ids, self.device, chunk=self.scorer.prefill_chunk)
 
     def _rows(self, variant: Variant, group: list[int]) -> list[Row]:
         made = [self.made[index] for index in group]
