@@ -62,7 +62,8 @@ class ChunkedHead:
             )
         takes = inspect.signature(type(base).forward).parameters
         self.cached = not self.masked and "past_key_values" in takes  # keys and values of earlier tokens
-        self.body: nn.Module = base.base_model if self.masked else base.get_decoder()
+        body = base.base_model if self.masked else base.get_decoder()
+        self.body: nn.Module = base.model if body is base else body  # Llama 4 text gives itself
 
     def states(self, ids: Tensor, **inputs: Any) -> States:
         """Return what the body gives the head for ids [B, N]; `inputs` are the model's further arguments."""

@@ -24,7 +24,7 @@ from .preparation import prepare, trained_length
 from .processes import current_processes
 from .results import Result
 from .rows import order, position_tokens, run_of
-from .scoring import LONG, CausalScorer, MaskedScorer, Scorer
+from .scoring import CausalScorer, MaskedScorer, Scorer, chunk_of
 from .serving import Served
 from .tokens import ScoredText
 from .variants import (
@@ -181,9 +181,8 @@ def perplexity(
 
 def _in_chunks(variants: Sequence[Variant], method: Method) -> bool:
     """True where a run may feed a window in chunks, see `scoring.fed_at_once`."""
-    if method.prefill_chunk is not None:
-        return method.prefill_chunk < method.max_length
-    return method.max_length > LONG and any(variant.sparse for variant in variants)
+    is_patched = any(variant.sparse for variant in variants)
+    return chunk_of(method.max_length, method.prefill_chunk, is_patched) < method.max_length
 
 
 def _scorer(

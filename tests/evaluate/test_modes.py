@@ -264,6 +264,7 @@ def test_long_windows_of_a_patched_model_are_fed_in_chunks(tiny_model, tiny_toke
     assert most == 150  # the prompt whose cache is weighed
     monkeypatch.setattr("hf_sparse.evaluate.scoring.LONG", 100)
     monkeypatch.setattr("hf_sparse.evaluate.scoring.CHUNK", 40)
+    monkeypatch.setattr("hf_sparse.evaluate.scoring.CHECKED", 30)  # fed at once, to try whether chunks may be
     chunked, most = measure()
     assert most == 40
     assert chunked == pytest.approx(whole, rel=1e-6)

@@ -7,8 +7,14 @@ import torch
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    JambaConfig,
+    JambaForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MambaConfig,
     MambaForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 import hf_sparse
@@ -78,6 +84,91 @@ def test_a_model_without_a_cache(tiny_tokenizer):
     assert result.runs[0].served.kv_bytes is None and result.runs[0].served.tokens == 40
     with pytest.raises(ValueError, match=r"prefill_chunk=8 needs a cache .* MambaForCausalLM has none"):
         perplexity(model, tiny_tokenizer, [TEXT], max_length=40, prefill_chunk=8)
+
+
+def test_chunks_that_a_recurrent_layer_does_not_join_are_refused(tiny_tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    config = JambaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_experts=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+        initializer_range=0.3,
+    )
+    model = JambaForCausalLM(config).eval()
+    with pytest.raises(
+        ValueError, match=r"JambaForCausalLM scores tokens otherwise when they are fed in chunks"
+    ):
+        perplexity(model, tiny_tokenizer, [TEXT], max_length=60, prefill_chunk=20)
+    assert perplexity(model, tiny_tokenizer, [TEXT], max_length=60).tokens[0] == 59
+    monkeypatch.setattr("hf_sparse.evaluate.scoring.LONG", 40)  # chunks that nobody asked for are tried too
+    monkeypatch.setattr("hf_sparse.evaluate.scoring.CHUNK", 20)
+    with pytest.raises(ValueError, match=r"leave prefill_chunk out, and use a max_length of at most 40"):
+        perplexity(model, tiny_tokenizer, [TEXT], max_length=60, patterns=["sliding_window"])
+
+
+def test_chunks_that_a_recurrent_layer_joins_are_fed(tiny_tokenizer):
+    torch.manual_seed(0)
+    heads = {f"linear_{kind}_head_dim": 8 for kind in ("key", "value")}
+    for kind in ("key", "value"):
+        heads[f"linear_num_{kind}_heads"] = 2
+    config = Qwen3NextConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        **{
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "initializer_range": 0.3,
+            **heads,
+        },
+    )
+    model = Qwen3NextForCausalLM(config).eval()
+    whole, chunked = (
+        perplexity(model, tiny_tokenizer, [TEXT], max_length=70, prefill_chunk=chunk).runs[0].nats
+        for chunk in (None, 17)
+    )
+    assert chunked == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_model_that_is_its_own_decoder(tiny_tokenizer):
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        intermediate_size_mlp=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        initializer_range=0.3,
+        attention_chunk_size=16,
+        pad_token_id=2,
+    )
+    model = Llama4ForCausalLM(config).eval()
+    assert model.get_decoder() is model
+    result = perplexity(model, tiny_tokenizer, [TEXT], max_length=40, head_chunk=7)
+    ids = [0, *tiny_tokenizer(TEXT, add_special_tokens=False)["input_ids"]][:40]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    expected = -sum(logits[i, token].item() for i, token in enumerate(ids[1:]))
+    assert result.runs[0].nats[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_whose_forward_cannot_leave_out_logits(tiny_model, tiny_tokenizer, monkeypatch):
