@@ -79,6 +79,10 @@ def test_a_backend_on_the_command_line_replaces_the_saved_one(
         evaluate(capsys, folder, "--text", *texts, "--length", 60, "--output", out, *flags)
         sparse = json.loads((out / "results.json").read_text())["runs"][1]
         assert {name.split("/")[0] for name in sparse["ran"]} == {wanted}
+        probing = ["probe", folder, "--probe", "copy:block=8", "--lengths", 80, "--samples", 1, *flags]
+        assert main([*map(str, probing), "--output", str(out / "probe"), "--quiet"]) == 0
+        sparse = json.loads((out / "probe" / "probe.json").read_text())["runs"][1]
+        assert {name.split("/")[0] for name in sparse["ran"]} == {wanted}
 
 
 def test_a_model_that_cannot_is_told_the_option(tmp_path, tiny_tokenizer, texts, capsys):

@@ -8,12 +8,12 @@ import sys
 import typing
 from typing import TYPE_CHECKING, Any
 
-from ..backends import BACKENDS
 from ..documents import iter_documents
 from ..patterns import Pattern
+from .measuring import add_measuring_arguments, check_measuring, saved_pattern
 from .models import CONTROL, add_model_arguments, load_model
 from .options import add_pattern_options
-from .spelling import PATTERN_HELP, read_patterns
+from .spelling import read_patterns
 from .values import read_value
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ DEFAULT_PROBES = ["passkey", "copy"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_measuring_arguments(parser, resolved_for="the longest", seed="samples and intervals")
     parser.add_argument(
         "--probe",
         metavar="NAME[:OPTION=VALUE,...]",
@@ -31,15 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="passkey, needle, needle_multikey, variables or copy, may be repeated (default passkey and copy); with "
         "options such as passkey:wording=prose,digits=7 or copy:block=64",
     )
-    parser.add_argument(
-        "--pattern",
-        metavar="PATTERN",
-        action="append",
-        default=[],
-        help=f"pattern to measure, may be repeated (default: the one the model or adapter was saved with): "
-        f"{PATTERN_HELP}; options that adapt to the length are resolved for the longest".replace("%", "%%"),
-    )
-    parser.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)} (default auto)")
     parser.add_argument(
         "--lengths",
         type=_whole_numbers,
@@ -75,12 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="folder for probe.json, probe.csv and probe_samples.jsonl"
     )
-    parser.add_argument("--overwrite", action="store_true", help="start anew where DIR holds another run")
     parser.add_argument("--plot", action="store_true", help="also draw a picture per probe into DIR")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of samples and intervals (default 0)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_pattern_options(parser)
 
 
@@ -93,11 +80,9 @@ def run(args: argparse.Namespace) -> None:
 
     from ..evaluate.probes import as_json, probe, probe_table, save_probes
     from ..evaluate.processes import current_processes
-    from ..hf import settings
 
     model, tokenizer = load_model(args)
-    if not patterns and (saved := settings(model)) is not None:
-        patterns = [saved]
+    patterns = patterns or saved_pattern(model, args.backend)
     result = probe(
         model,
         tokenizer,
@@ -138,7 +123,7 @@ def read_probe(text: str) -> Probe:
     name, _, options = text.partition(":")
     cls = probe_class(name.strip())
     hints = typing.get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(cls)]
     values = {}
     for piece in filter(None, options.split(",")):
         option, equals, value = (part.strip() for part in piece.partition("="))
@@ -166,25 +151,10 @@ def _numbers(text: str) -> list[float]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise ValueError before the model is loaded for what would fail after; leave nothing behind."""
-    from ..backends import check_backend
-
-    check_backend(args.backend)
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
+    """Raise ValueError for numbers that cannot be, before the model is loaded."""
+    check_measuring(args, pictures=("plot",))
     if (shortest := min(args.lengths)) < 1:
         raise ValueError(f"--lengths must be >= 1, got {shortest}")
     for flag in ("samples", "batch_size", "prefill_chunk"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be >= 1, got {value}")
-    for flag in ("plot", "overwrite"):
-        if getattr(args, flag) and not args.output:
-            raise ValueError(f"--{flag} is about the output folder; name one with --output DIR")
-    if args.plot:
-        from ..evaluate.plot import check_plot
-
-        check_plot()
-    if args.output is not None:
-        from ..evaluate.output_folder import check_output_folder
-
-        check_output_folder("--output", args.output)

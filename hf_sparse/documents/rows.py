@@ -99,8 +99,8 @@ def _parquet(path: Path, column: str, decoder: Decoder) -> Iterator[tuple[str, s
 
 def _parquet_column(path: Path, column: str) -> Iterator[bytes | None]:
     """Yield the bytes of each row's text: strings are not checked when written, and one bad row would hide others."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet
 
     try:
         with path.open("rb") as file:

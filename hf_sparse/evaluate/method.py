@@ -26,6 +26,7 @@ class Method:
     stride: tokens from one window to the next, of "strided"; None is half of `max_length`.
     bos: documents begin with the BOS token, else the EOS token.
     bos_each_window: so does every later window, in place of its first token; None is False for "rolling" only.
+        Windows of the context curve and of key tokens begin with it unless this is False.
     contexts: tokens that the last `context_targets` tokens of every long document are scored from, one point of a curve
         each.
     key_tokens: tokens of the short context that key tokens are found with (LongPPL, arXiv:2410.23771); None leaves it.
@@ -84,6 +85,11 @@ class Method:
         return self.mode != "rolling" if self.bos_each_window is None else self.bos_each_window
 
     @property
+    def prefixed_short(self) -> bool:
+        """True where the windows of the context curve and of key tokens begin with the prefix token, in every mode."""
+        return self.bos and self.bos_each_window is not False
+
+    @property
     def cut(self) -> int | None:
         """Tokens that documents are cut to; None keeps them whole."""
         return self.max_length if self.mode == "full" else None
@@ -96,12 +102,14 @@ class Method:
         """Return one window per curve point, none where the document is too short for the longest."""
         if not self.contexts or n < max(self.contexts):
             return []
-        return [windows.last(n, context, self.context_targets, self.bos) for context in self.contexts]
+        return [
+            windows.last(n, context, self.context_targets, self.prefixed_short) for context in self.contexts
+        ]
 
     def short_windows(self, n: int) -> list[Window]:
         """Return the windows that score every token from at most `key_tokens` tokens."""
         assert self.key_tokens is not None
-        return list(windows.strided(n, self.key_tokens, max(1, self.key_tokens // 4), self.bos))
+        return list(windows.strided(n, self.key_tokens, max(1, self.key_tokens // 4), self.prefixed_short))
 
     def without_prefix(self) -> Method:
         """Return the same for a tokenizer that has neither BOS nor EOS, or is not asked for them.

@@ -24,11 +24,10 @@ from .preparation import prepare, trained_length
 from .processes import current_processes
 from .results import Result
 from .rows import order, position_tokens, run_of
-from .scoring import CausalScorer, MaskedScorer, Scorer, chunk_of
+from .scoring import CausalScorer, MaskedScorer, Scorer
 from .serving import Served
 from .tokens import ScoredText
 from .variants import (
-    Variant,
     base_of,
     check_sparse,
     check_variants,
@@ -154,8 +153,9 @@ def perplexity(
     served: list[Served | None] = []
     with measured_in_eval_mode(model), torch.inference_mode():
         head.check(text.documents[0].ids[:PROBE_TOKENS].tolist(), device)
-        if isinstance(scorer, CausalScorer) and _in_chunks(variants, method):
-            scorer.check_chunks(max((document.ids for document in text.documents), key=len))
+        if isinstance(scorer, CausalScorer):
+            longest = max((document.ids for document in text.documents), key=len)
+            scorer.check_chunks(longest, method.max_length, any(variant.sparse for variant in variants))
         check_variants(model, variants, control)
         journal = Journal(output, ROWS_FILE, identity, processes, overwrite)
         evaluation = Evaluation(head, scorer, text, method, device, journal, processes, progress)
@@ -177,12 +177,6 @@ def perplexity(
     keys = [len(row["key_positions"]) for row in rows if "key_positions" in row] or None
     counts = None if keys is None else np.array(keys)
     return Result(text, tuple(runs), position_tokens(text), counts, config, machine, identity, tuple(rows))
-
-
-def _in_chunks(variants: Sequence[Variant], method: Method) -> bool:
-    """True where a run may feed a window in chunks, see `scoring.fed_at_once`."""
-    is_patched = any(variant.sparse for variant in variants)
-    return chunk_of(method.max_length, method.prefill_chunk, is_patched) < method.max_length
 
 
 def _scorer(

@@ -38,14 +38,10 @@ def prepare(
     """
     base = base_of(head.model)
     method = method.for_encoder() if head.masked else method.for_causal()
-    _check_length(base, method.max_length)
+    check_length(base, method.max_length, "max_length")
     around = _special_tokens(tokenizer, method) if head.masked else ([], [])
     cut = None if method.cut is None else method.cut - len(around[0]) - len(around[1])
-    if method.prefill_chunk is not None and not head.cached:
-        raise ValueError(
-            f"prefill_chunk={method.prefill_chunk} needs a cache of earlier tokens, and {head.name} has none; "
-            "leave it out."
-        )
+    check_cache(head, method.prefill_chunk)
     text = tokenize(tokenizer, named(documents), cut, method.bos, masked=head.masked)
     if text.prefix == "none":
         method = method.without_prefix()
@@ -78,17 +74,29 @@ def _special_tokens(tokenizer: Any, method: Method) -> tuple[list[int], list[int
     return before, after
 
 
-def _check_length(base: Any, max_length: int) -> None:
-    """Raise ValueError where learned positions end before `max_length`; rotary models may be asked to go on."""
+def check_cache(head: ChunkedHead, prefill_chunk: int | None) -> None:
+    """Raise ValueError where tokens are to be fed in chunks and the model has no cache to join them."""
+    if prefill_chunk is not None and not head.cached:
+        raise ValueError(
+            f"prefill_chunk={prefill_chunk} needs a cache of earlier tokens, and {head.name} has none; leave it out."
+        )
+
+
+def check_length(base: Any, tokens: int, setting: str) -> None:
+    """Raise ValueError where learned positions end before `tokens`; rotary models may be asked to go on.
+
+    Args:
+        setting: what the user calls it, to be named in the message.
+    """
     limit = trained_length(base)
     for name, module in base.named_modules():  # RoBERTa begins to count behind the padding's position
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limit = module.num_embeddings - module.padding_idx - 1
     rotary = getattr(base.config.get_text_config(), "rope_parameters", None) is not None
-    if limit and max_length > limit and not rotary:
+    if limit and tokens > limit and not rotary:
         raise ValueError(
-            f"max_length={max_length} is beyond the {limit} positions of {type(base).__name__}; "
-            f"use max_length={limit} or less."
+            f"{setting}={tokens} is beyond the {limit} positions of {type(base).__name__}; "
+            f"use {setting}={limit} or less."
         )
 
 

@@ -56,14 +56,18 @@ class CausalScorer:
             found += self._batch(jobs[begin : begin + self.batch_size])
         return found
 
-    def check_chunks(self, ids: np.ndarray) -> None:
-        """Raise ValueError unless tokens fed in chunks score as they do when they are fed at once.
+    def check_chunks(self, ids: np.ndarray, most: int, is_patched: bool) -> None:
+        """Raise ValueError where windows will be fed in chunks and do not score then as they do when fed at once.
 
         Models with recurrent layers may begin anew with every chunk, whatever the cache holds.
 
         Args:
-            ids: of the longest document.
+            ids: of the longest text.
+            most: tokens of the longest window.
+            is_patched: whether some variant is.
         """
+        if chunk_of(most, self.prefill_chunk, is_patched) >= most:
+            return
         ids = ids[:CHECKED]
         window = Window(0, len(ids), 1)
         whole, parts = (

@@ -268,3 +268,16 @@ def test_long_windows_of_a_patched_model_are_fed_in_chunks(tiny_model, tiny_toke
     chunked, most = measure()
     assert most == 40
     assert chunked == pytest.approx(whole, rel=1e-6)
+
+
+def test_shortened_windows_may_go_without_bos(tiny_model, tiny_tokenizer):
+    settings = {"max_length": 120, "contexts": (40,), "context_targets": 10}
+    with_bos, without = (
+        perplexity(tiny_model, tiny_tokenizer, TEXTS[3:4], **settings, bos_each_window=flag).runs[0]
+        for flag in (None, False)
+    )
+    ids = ids_of(tiny_tokenizer, TEXTS[3])[:120]
+    for run, first in ((with_bos, ids[0]), (without, ids[-40])):
+        expected = sum(nats_after(tiny_model, [first, *ids[-39:-1]], ids[-10:]))
+        assert run.context_nats[0, 0] == pytest.approx(expected, rel=1e-5)
+    assert abs(with_bos.context_nats - without.context_nats).min() > 1e-3

@@ -21,6 +21,7 @@ import hf_sparse
 from hf_sparse.documents import Document
 from hf_sparse.evaluate import perplexity
 from hf_sparse.evaluate.head import ChunkedHead
+from hf_sparse.evaluate.probes import Copy, probe
 from hf_sparse.evaluate.serving import serve
 
 TEXT = "import os\nfor name in os.listdir('.'):\n    print(name)\n" * 3
@@ -84,6 +85,8 @@ def test_a_model_without_a_cache(tiny_tokenizer):
     assert result.runs[0].served.kv_bytes is None and result.runs[0].served.tokens == 40
     with pytest.raises(ValueError, match=r"prefill_chunk=8 needs a cache .* MambaForCausalLM has none"):
         perplexity(model, tiny_tokenizer, [TEXT], max_length=40, prefill_chunk=8)
+    with pytest.raises(ValueError, match=r"prefill_chunk=8 needs a cache .* MambaForCausalLM has none"):
+        probe(model, tiny_tokenizer, [Copy(block=8)], lengths=[80], prefill_chunk=8)
 
 
 def test_chunks_that_a_recurrent_layer_does_not_join_are_refused(tiny_tokenizer, monkeypatch):
@@ -108,6 +111,8 @@ def test_chunks_that_a_recurrent_layer_does_not_join_are_refused(tiny_tokenizer,
         ValueError, match=r"JambaForCausalLM scores tokens otherwise when they are fed in chunks"
     ):
         perplexity(model, tiny_tokenizer, [TEXT], max_length=60, prefill_chunk=20)
+    with pytest.raises(ValueError, match=r"leave prefill_chunk out"):
+        probe(model, tiny_tokenizer, [Copy(block=8)], lengths=[80], prefill_chunk=20)
     assert perplexity(model, tiny_tokenizer, [TEXT], max_length=60).tokens[0] == 59
     monkeypatch.setattr("hf_sparse.evaluate.scoring.LONG", 40)  # chunks that nobody asked for are tried too
     monkeypatch.setattr("hf_sparse.evaluate.scoring.CHUNK", 20)

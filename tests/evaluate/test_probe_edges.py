@@ -129,6 +129,8 @@ def test_a_pattern_that_does_not_fit_the_model_is_found_before_anything_is_measu
         ({"probes": ["copy"], "distances": [64.0]}, "a distance must be a whole number of tokens, got 64.0"),
         ({"depths": ["0.5"]}, "a depth must be a number, got '0.5'"),
         ({"depths": [True]}, "a depth must be a number, got True"),
+        ({"seed": -1}, "seed must be"),
+        ({"seed": 1.5}, "seed must be"),
         (
             {"prefill_chunk": 40, "batch_size": 2},
             "prefill_chunk=40 reads one sample at a time, got batch_size=2",

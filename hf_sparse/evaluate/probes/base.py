@@ -20,6 +20,7 @@ class Sample:
     answer: int
 
 
+@dataclass(frozen=True)
 class Probe(ABC):
     """A kind of question; its options are the fields of a frozen dataclass.
 
@@ -45,7 +46,7 @@ class Probe(ABC):
         return None
 
     def __str__(self) -> str:
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        fields = dataclasses.fields(self)
         changed = [(f.name, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
         return self.name + (f"({', '.join(f'{name}={value}' for name, value in changed)})" if changed else "")
 

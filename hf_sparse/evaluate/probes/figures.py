@@ -61,7 +61,7 @@ def _probe(result: ProbeResult, name: str) -> dict[str, Any]:
     return {
         "probe": name,
         "kind": probe.name,
-        "options": dataclasses.asdict(probe),  # type: ignore[call-overload]
+        "options": dataclasses.asdict(probe),
         "axis": probe.axis,
         "headline": probe.figure,
         "chance": result.chances[result.cells_of(name)[0]],

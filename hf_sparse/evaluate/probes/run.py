@@ -18,6 +18,8 @@ from ..counting import Counted
 from ..head import ChunkedHead
 from ..journal import Journal, Row
 from ..machine import PeakMemory, describe_machine
+from ..method import check_seed
+from ..preparation import check_cache, check_length, trained_length
 from ..processes import current_processes
 from ..serving import Served
 from ..tokens import check_vocabulary
@@ -97,6 +99,7 @@ def probe(
         raise ValueError(
             f"prefill_chunk={prefill_chunk} reads one sample at a time, got batch_size={batch_size}; use batch_size=1."
         )
+    check_seed(seed)
     variants = chosen_variants(model, patterns, backend, without_adapter, control)
     head = ChunkedHead(model, HEAD_CHUNK)
     if head.masked:
@@ -108,7 +111,8 @@ def probe(
     longest = max(lengths, default=1)
     material = Material.of(tokenizer, haystack, longest)
     cells = lay_out(asked, lengths, depths, distances, material)
-    _check_positions(base, longest)
+    check_length(base, longest, "length")
+    check_cache(head, prefill_chunk)
     made = make_samples(cells, samples, material, seed)
     check_vocabulary(max(int(sample.ids.max()) for sample in made), base)
     device = base.get_input_embeddings().weight.device
@@ -125,7 +129,7 @@ def probe(
         "model": getattr(base.config, "_name_or_path", ""),
         "architecture": type(base).__name__,
         "dtype": str(base.dtype).removeprefix("torch."),
-        "trained_length": getattr(base.config, "max_position_embeddings", None),
+        "trained_length": trained_length(base),
         "backend": backend,
         "seed": seed,
     }
@@ -143,6 +147,9 @@ def probe(
     served: list[Served | None] = []
     with measured_in_eval_mode(model), torch.inference_mode():
         head.check(made[0].ids[:HEAD_TOKENS].tolist(), device)
+        scorer.check_chunks(
+            max((one.ids for one in made), key=len), longest, any(variant.sparse for variant in variants)
+        )
         check_variants(model, variants, control)
         journal = Journal(output, ROWS_FILE, identity, processes, overwrite)
         work = Work(scorer, cells, made, samples, device, journal, processes, progress)
@@ -198,12 +205,3 @@ def _window(pattern: Pattern) -> int | None:
     if not isinstance(window, int):  # none, or one for each layer
         return None
     return window * (max(dilation) if isinstance(dilation, tuple) else dilation)
-
-
-def _check_positions(base: Any, longest: int) -> None:
-    """Raise ValueError where learned positions end before the longest sample; rotary models may be asked to go on."""
-    limit = getattr(base.config, "max_position_embeddings", None)
-    if limit and longest > limit and getattr(base.config, "rope_parameters", None) is None:
-        raise ValueError(
-            f"length={longest} is beyond the {limit} positions of {type(base).__name__}; use {limit} or less."
-        )
