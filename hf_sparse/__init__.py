@@ -1,7 +1,18 @@
 """hf_sparse: sparse attention patterns for pretrained Hugging Face models."""
 
 from .backends import recording
-from .hf import describe, load, make_cache, patch_model, patched, save_adapter, unpatch_model
+from .calibrate import calibrate  # the function: it stands where the subpackage of its name would
+from .hf import (
+    describe,
+    load,
+    load_pattern,
+    make_cache,
+    patch_model,
+    patched,
+    save_adapter,
+    save_pattern,
+    unpatch_model,
+)
 from .hf.recommend import recommended
 from .patterns import (
     Pattern,
@@ -62,9 +73,11 @@ __all__ = [
     "Strided",
     "Union",
     "available_patterns",
+    "calibrate",
     "describe",
     "get_pattern",
     "load",
+    "load_pattern",
     "load_plugin",
     "make_cache",
     "patch_model",
@@ -73,5 +86,6 @@ __all__ = [
     "recording",
     "register_pattern",
     "save_adapter",
+    "save_pattern",
     "unpatch_model",
 ]

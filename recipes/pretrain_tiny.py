@@ -1,4 +1,5 @@
-"""Train the tiny base from scratch: a Llama of 5.5M parameters on the Python standard library, on two CPU cores.
+"""Train the small models from scratch on the Python standard library, on two CPU cores: the tiny base, a Llama of 5.5M
+parameters, or with ``--architecture gpt2`` a GPT-2 of 3.8M with learned positions.
 
     export OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
     python recipes/pretrain_tiny.py --checkpoints /tmp/tiny --minutes 80 --out recipes/tiny_base
@@ -25,17 +26,24 @@ import torch
 from pretrain_data import Rows, plant_repeats, train_tokenizer
 from pretrain_model import ADAM_LR, MUON_LR, Trainer, build_config
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_sparse.documents import fingerprint, standard_library
 
 # (until this progress, tokens per row, rows per step, share of rows with planted repeats, share of cycles in these)
-PHASES = (
-    (0.15, 512, 16, 0.7, 0.6),
-    (0.78, 2048, 6, 0.15, 0.1),
-    (0.87, 4096, 4, 0.25, 0.0),
-    (1.0, 8192, 2, 0.25, 0.0),
-)
+PHASES = {
+    "llama": (
+        (0.15, 512, 16, 0.7, 0.6),
+        (0.78, 2048, 6, 0.15, 0.1),
+        (0.87, 4096, 4, 0.25, 0.0),
+        (1.0, 8192, 2, 0.25, 0.0),
+    ),
+    "gpt2": (
+        (0.3, 384, 20, 0.5, 0.6),
+        (0.5, 1024, 8, 0.4, 0.2),
+        (1.0, 2048, 4, 0.25, 0.05),
+    ),
+}
 WARM_UP, DECAY_FROM = 0.015, 0.4  # in progress; then linear to zero
 STEP_CAP = 60.0  # seconds; a longer step means that the process was stopped
 
@@ -51,7 +59,7 @@ def copy_rows(rows: np.ndarray, distance: int, size: int, vocab_size: int, seed:
 
 
 @torch.no_grad()
-def validate(model: LlamaForCausalLM, rows: np.ndarray, vocab_size: int) -> dict[str, float]:
+def validate(model: PreTrainedModel, rows: np.ndarray, vocab_size: int) -> dict[str, float]:
     """Loss on validation rows ``[n, 2049]`` and the accuracy of copying 64 random tokens from 256 and 1,024 back."""
     found = {"loss": 0.0, "loss_from_1024": 0.0, "copy_256": 0.0, "copy_1024": 0.0}
     for row in rows:
@@ -101,7 +109,8 @@ def load_checkpoint(folder: Path, trainer: Trainer, rows: Rows) -> dict:
 def export(folder: Path, out: Path) -> None:
     """Write the checkpoint's weights, rounded to bf16, to ``out``; the config makes them load as float32."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    model = LlamaForCausalLM(build_config(state["weights"]["model.embed_tokens.weight"].shape[0]))
+    config = build_config(state["counters"]["architecture"], state["counters"]["vocab_size"])
+    model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state["weights"])
     temporary = folder / "export"
     model.to(torch.bfloat16).save_pretrained(temporary)
@@ -109,7 +118,8 @@ def export(folder: Path, out: Path) -> None:
     (temporary / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     (temporary / "training_log.jsonl").write_bytes((folder / "training_log.jsonl").read_bytes())
     record = state["counters"] | {
-        "command": "python recipes/pretrain_tiny.py --checkpoints CHECKPOINTS --out OUT",
+        "command": "python recipes/pretrain_tiny.py --checkpoints CHECKPOINTS --out OUT "
+        f"--architecture {state['counters']['architecture']}",
         "phases_are": "until this progress, tokens per row, rows per step, share with repeats, cycles among these",
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "learning_rates": {"muon": MUON_LR, "adamw": ADAM_LR, "warm_up": WARM_UP, "decay_from": DECAY_FROM},
@@ -139,6 +149,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=2, help="rows computed at the same time, one core each"
     )
+    parser.add_argument("--architecture", choices=sorted(PHASES), default="llama")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument(
         "--export", action="store_true", help="only write the last checkpoint's weights to --out"
@@ -155,30 +166,32 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    documents = standard_library("train")
+    documents, phases = standard_library("train"), PHASES[args.architecture]
     if not (args.out / "tokenizer.json").exists():
         train_tokenizer(documents).save_pretrained(args.out)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     rows = Rows(documents, tokenizer, args.seed)
     held_out = Rows(standard_library("validation"), tokenizer, seed=0).take(16, 2048)
-    trainer = Trainer(len(tokenizer), args.workers, args.seed)
+    trainer = Trainer(args.architecture, len(tokenizer), args.workers, args.seed)
     done = {
         "step": 0,
         "tokens": 0,
         "seconds": 0.0,
         "seed": args.seed,
+        "architecture": args.architecture,
+        "vocab_size": len(tokenizer),
         "data": fingerprint(documents),
         "runs": [],
     }
     if (args.checkpoints / "checkpoint.pt").exists():
         done |= load_checkpoint(args.checkpoints, trainer, rows)
     done["runs"].append(
-        {"from_step": done["step"], "minutes": args.minutes, "tokens": args.tokens, "phases": PHASES}
+        {"from_step": done["step"], "minutes": args.minutes, "tokens": args.tokens, "phases": phases}
     )
     log = open_log(args.checkpoints / "training_log.jsonl", done["step"])
     saved, reported, losses = done["seconds"], dict(done), []
     while (progress := progress_of(done, args)) < 1:
-        length, count, share, cycles = next(phase[1:] for phase in PHASES if progress < phase[0])
+        length, count, share, cycles = next(phase[1:] for phase in phases if progress < phase[0])
         started = time.monotonic()
         block = rows.take(count, length)
         targets = plant_repeats(block, share, cycles, rows.rng, len(tokenizer))

@@ -314,10 +314,13 @@ def test_help_names_the_commands(capsys):
     for arguments, word in (
         (["--help"], "patterns"),
         (["eval", "--help"], "--global-tokens"),
+        (["calibrate", "--help"], "--candidates"),
         (["--version"], "0."),
     ):
         with pytest.raises(SystemExit) as leaving:
             main(arguments)
         assert leaving.value.code == 0
         assert word in capsys.readouterr().out
-    assert set(cli.COMMANDS) == {"compare", "eval", "generate", "lm-eval", "patterns", "probe", "show"}
+    assert set(cli.COMMANDS) == {
+        *("calibrate", "compare", "eval", "generate", "lm-eval", "patterns", "probe", "show")
+    }

@@ -1,4 +1,4 @@
-"""The command line: hf-sparse compare, eval, generate, lm-eval, patterns, probe, show."""
+"""The command line: hf-sparse calibrate, compare, eval, generate, lm-eval, patterns, probe, show."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Each command is a module with add_arguments(parser) and run(args), imported when it is asked for.
 COMMANDS = {
+    "calibrate": "measure which layers and heads need the distance, give the rest a window, and write the pattern",
     "compare": "hold results of evaluations against each other, with intervals where they scored the same tokens",
     "eval": "measure the perplexity of a model, dense and with sparse patterns, on the same tokens",
     "generate": "stream what a model writes after a prompt, or talk with it, in bounded memory",
@@ -23,7 +24,7 @@ COMMANDS = {
     "show": "draw what a pattern lets each token see, and say what it costs",
 }
 
-WITH_CONFIG = {"eval", "probe"}  # commands that also read their options from --config FILE.yaml
+WITH_CONFIG = {"calibrate", "eval", "probe"}  # commands that also read their options from --config FILE.yaml
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,7 +7,6 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..patterns import Pattern
 from .measuring import add_measuring_arguments, check_measuring, saved_pattern
 from .method_options import add_method_arguments, method_of, named_as_options
 from .models import CONTROL, add_model_arguments, load_model
@@ -45,11 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    patterns: list[Any] = list(read_patterns(args.pattern, args))
     check_measuring(args, pictures=("plot", "report"))
     method = method_of(args)
+    patterns: list[Any] = list(read_patterns(args.pattern, args, args.length))
     documents, left_out = read_texts(args)
-    patterns = [p.resolve(args.length) if isinstance(p, Pattern) else p for p in patterns]
 
     from ..evaluate import perplexity, table
     from ..evaluate.processes import current_processes

@@ -11,23 +11,14 @@ from ..documents import read_text_file, refuse_empty
 from ..hf import SparseSettings, patch_model, settings
 from ..patterns import Pattern
 from ..patterns.streaming_llm import StreamingLLM
-from .models import DTYPES, load_model
+from .models import add_model_arguments, load_model
 from .options import add_pattern_options, given_options
 from .running_text import CACHES, RunningText, Writing
 from .spelling import PATTERN_HELP, read_patterns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="hub id, model folder, or adapter folder (it knows its base)"
-    )
-    parser.add_argument("--adapter", metavar="FOLDER", help="peft adapter folder to put on MODEL")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)"
-    )
-    parser.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)"
-    )
+    add_model_arguments(parser, control=False)
     parser.add_argument(
         "--pattern",
         metavar="PATTERN",
@@ -78,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stats", action="store_true", help="speed and cache on stderr while the text is written"
     )
     amount.add_argument("--quiet", action="store_true", help="no line on speed and cache")
-    parser.set_defaults(control=None)
     add_pattern_options(parser)
 
 
@@ -132,8 +122,6 @@ def _patch(model: Any, pattern: Pattern | SparseSettings | None, name: str) -> N
             raise ValueError(
                 f"{name} was saved without a pattern; name one with --pattern, or --pattern full for dense attention"
             )
-    elif isinstance(pattern, SparseSettings):
-        patch_model(model, pattern.pattern, layers=pattern.layers, backend=pattern.backend)
     else:
         try:
             patch_model(model, pattern)

@@ -15,12 +15,18 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CONTROL = "control"  # what peft calls the second adapter
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, control: bool = True) -> None:
+    """Give the parser what `load_model` reads, where `control` is set with an adapter to compare another one with."""
     parser.add_argument(
         "model", metavar="MODEL", help="hub id, model folder, or adapter folder (it knows its base)"
     )
     parser.add_argument("--adapter", metavar="FOLDER", help="peft adapter folder to put on MODEL")
-    parser.add_argument("--control", metavar="FOLDER", help="adapter trained the same way on the dense model")
+    if control:
+        parser.add_argument(
+            "--control", metavar="FOLDER", help="adapter trained the same way on the dense model"
+        )
+    else:
+        parser.set_defaults(control=None)
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)"
     )

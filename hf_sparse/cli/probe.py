@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-import typing
 from typing import TYPE_CHECKING, Any
 
 from ..documents import iter_documents
-from ..patterns import Pattern
 from .measuring import add_measuring_arguments, check_measuring, saved_pattern
 from .models import CONTROL, add_model_arguments, load_model
+from .named import read_named
 from .options import add_pattern_options
 from .spelling import read_patterns
-from .values import read_value
 
 if TYPE_CHECKING:
     from ..evaluate.probes import Probe
@@ -72,11 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    patterns: list[Any] = list(read_patterns(args.pattern, args))
     probes = [read_probe(text) for text in args.probe or DEFAULT_PROBES]
     _check(args)
+    patterns: list[Any] = list(read_patterns(args.pattern, args, max(args.lengths)))
     haystack = None if args.haystack is None else list(iter_documents(args.haystack))
-    patterns = [p.resolve(max(args.lengths)) if isinstance(p, Pattern) else p for p in patterns]
 
     from ..evaluate.probes import as_json, probe, probe_table, save_probes
     from ..evaluate.processes import current_processes
@@ -120,20 +116,7 @@ def read_probe(text: str) -> Probe:
     """
     from ..evaluate.probes import probe_class
 
-    name, _, options = text.partition(":")
-    cls = probe_class(name.strip())
-    hints = typing.get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]
-    values = {}
-    for piece in filter(None, options.split(",")):
-        option, equals, value = (part.strip() for part in piece.partition("="))
-        option = option.replace("-", "_")
-        if not equals or option not in known:
-            raise ValueError(
-                f"{piece.strip()!r} is no option of {name}; write NAME=VALUE, its options: {', '.join(known)}."
-            )
-        values[option] = read_value(f"{option} of {name}", value, hints[option])
-    return cls(**values)
+    return read_named(text, probe_class)
 
 
 def _whole_numbers(text: str) -> list[int]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
+from dataclasses import replace
 from typing import Any
 
 from ..hf import SparseSettings
-from ..hf.stored_settings import settings_from_json
+from ..hf.pattern_file import is_pattern_file, is_settings, read_stored, settings_in
 from ..patterns import Pattern, Union, available_patterns, get_pattern
-from ..patterns.written import pattern_from_json, read_json_file
 from .options import Given, dashed, fields, given_options, owners, read_options
 
 PATTERN_HELP = (
@@ -19,15 +18,19 @@ PATTERN_HELP = (
 )
 
 
-def read_patterns(written: list[str], args: argparse.Namespace) -> list[Pattern | SparseSettings]:
+def read_patterns(
+    written: list[str], args: argparse.Namespace, seq_len: int | None = None
+) -> list[Pattern | SparseSettings]:
     """Return what each PATTERN stands for, in order, with the given options that it has; equal ones once.
 
+    Args:
+        seq_len: tokens that options which adapt to the length are resolved for; not those of saved settings.
     Raises:
         ValueError: an unknown pattern, an option that none of them has, a value that does not fit, or a file that holds
             no pattern.
     """
     given = given_options(args)
-    spelled = [None if is_file(text) else _names(text) for text in written]
+    spelled = [None if is_pattern_file(text) else _names(text) for text in written]
     named = list(dict.fromkeys(name for names in spelled for name in names or ()))
     for name in named:
         check_known(name)
@@ -37,37 +40,33 @@ def read_patterns(written: list[str], args: argparse.Namespace) -> list[Pattern 
             raise ValueError(_nobody_has(option, one, named, written))
     patterns: list[Pattern | SparseSettings] = []
     for text, names in zip(written, spelled, strict=True):
-        patterns.append(read_file(text) if names is None else _build(names, given))
+        if names is None:
+            patterns.append(read_file(text, seq_len))
+        else:
+            pattern = _build(names, given)
+            patterns.append(pattern if seq_len is None else pattern.resolve(seq_len))
     return list(dict.fromkeys(patterns))
 
 
-def is_file(text: str) -> bool:
-    """True where PATTERN is a path; no name has a dot or a separator in it."""
-    return text.lower().endswith(".json") or os.sep in text or "/" in text
-
-
-def read_file(path: str) -> Pattern | SparseSettings:
-    """Return the pattern in a JSON file, or the settings (pattern, layers, backend) where it holds all of them.
+def read_file(path: str, seq_len: int | None = None) -> SparseSettings:
+    """Return what a pattern file holds; a pattern without settings is resolved for `seq_len` tokens, if given.
 
     Raises:
-        ValueError: a file that cannot be read, or that holds neither.
+        ValueError: a file that cannot be read, or that holds no pattern.
     """
-    saved = read_json_file(path)
-    if isinstance(saved, dict) and "sparse_attention" in saved:  # the config.json of a patched model
-        saved = saved["sparse_attention"]
-    check_stored(saved, f"the pattern file {path}")
-    try:
-        is_settings = isinstance(saved, dict) and "version" in saved
-        return settings_from_json(saved) if is_settings else pattern_from_json(saved)
-    except ValueError as error:
-        raise ValueError(f"the pattern file {path} holds no usable pattern: {error}") from None
+    stored = read_stored(path)
+    check_stored(stored, f"the pattern file {path}")
+    settings = settings_in(stored, path)
+    if seq_len is None or is_settings(stored):
+        return settings
+    return replace(settings, pattern=settings.pattern.resolve(seq_len))
 
 
 def check_names(args: argparse.Namespace) -> None:
     """Raise ValueError where --pattern or PATTERN names a pattern that is not registered."""
     written = getattr(args, "pattern", [])
     for text in [written] if isinstance(written, str) else written:
-        for name in () if is_file(text) else _names(text):
+        for name in () if is_pattern_file(text) else _names(text):
             check_known(name)
 
 

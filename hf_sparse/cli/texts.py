@@ -15,9 +15,10 @@ _OF_TEXT = ("glob", "encoding_errors")
 _OF_DATASET = ("dataset_config", "split", "streaming")
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+def add_text_arguments(parser: argparse.ArgumentParser, split: str = "test") -> None:
+    """Give the parser what `read_texts` reads; `split` is the split of the library, and of a dataset by default."""
     group = parser.add_argument_group(
-        "texts", "Without --text and --dataset: the test split of this Python's standard library."
+        "texts", f"Without --text and --dataset: the {split} split of this Python's standard library."
     )
     group.add_argument(
         "--text",
@@ -34,7 +35,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset-config", metavar="NAME", help="configuration of the dataset, such as wikitext-2-raw-v1"
     )
-    group.add_argument("--split", metavar="NAME", help="split of the dataset (default test)")
+    group.add_argument("--split", metavar="NAME", help=f"split of the dataset (default {split})")
     group.add_argument(
         "--streaming",
         action="store_true",
@@ -56,8 +57,10 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_texts(args: argparse.Namespace) -> tuple[list[Document], list[Skipped]]:
+def read_texts(args: argparse.Namespace, split: str = "test") -> tuple[list[Document], list[Skipped]]:
     """Return the documents in the order given, where a number is asked for the longest ones, and what was left out.
+
+    `split` is that of the library, and of a dataset by default.
 
     Raises:
         ValueError: options that contradict each other, or texts that cannot be read.
@@ -73,12 +76,12 @@ def read_texts(args: argparse.Namespace) -> tuple[list[Document], list[Skipped]]
             )
         return documents, skipped
     if args.dataset is not None:
-        chosen = _given(args, ("column", "split", "streaming"))
+        chosen = {"split": split, **_given(args, ("column", "split", "streaming"))}
         limit = args.documents if args.streaming else None
         rows = iter_dataset(args.dataset, args.dataset_config, **chosen, limit=limit)
         return _longest(rows, args.documents), skipped
     wanted = LIBRARY_DOCUMENTS if args.documents is None else args.documents
-    return _longest(standard_library("test"), wanted), skipped
+    return _longest(standard_library(split), wanted), skipped
 
 
 def skipped_note(skipped: list[Skipped]) -> str:

@@ -19,6 +19,7 @@ from ..backends import check_backend
 from ..backends.call import Recorder, recording
 from ..hf import SparseSettings, attention_name, patch_model, read_sidecar, settings, settings_to_json
 from ..hf.loading import base_of, patch_as_saved, put_adapter, read_adapter_config, reason, stored_settings
+from ..hf.pattern_file import is_pattern_file, settings_of
 from ..hf.sources import SIDECAR, is_adapter
 from ..hf.stored_settings import PREFIX, settings_from_json
 from ..patterns import Pattern, get_pattern, pattern_class
@@ -49,8 +50,8 @@ class SparseHFLM(HFLM):
 
     Args:
         pretrained: hub id or folder; a model that is patched already is taken as it is.
-        pattern: a registered name, whose options are arguments too (``pattern=longformer,window=512``), or what a
-            pattern or the settings of a patched model are stored as. Options that adapt to the length are resolved for
+        pattern: a registered name, whose options are arguments too (``pattern=longformer,window=512``), the path of a
+            pattern file, or what one holds. Options that adapt to the length are resolved for
             `max_length`.
         sparse_backend: what computes the attention, instead of the backend in the settings.
         kwargs: of ``hf``.
@@ -185,8 +186,8 @@ def _given(pattern: str | dict[str, Any] | Pattern, kwargs: dict[str, Any]) -> S
             if "version" in pattern
             else SparseSettings(pattern_from_json(pattern))
         )
-    if isinstance(pattern, Pattern):
-        return SparseSettings(pattern)
+    if isinstance(pattern, Pattern) or is_pattern_file(pattern):
+        return settings_of(pattern)
     names = [field.name for field in dataclasses.fields(pattern_class(pattern))]
     return SparseSettings(
         get_pattern(pattern, **{name: kwargs.pop(name) for name in names if name in kwargs})

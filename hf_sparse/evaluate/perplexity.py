@@ -51,7 +51,7 @@ def perplexity(
     stride: int | None = None,
     bos: bool = True,
     bos_each_window: bool | None = None,
-    patterns: Sequence[str | Pattern | SparseSettings] = (),
+    patterns: Sequence[str | os.PathLike[str] | Pattern | SparseSettings] = (),
     backend: str = "auto",
     dense: bool = True,
     contexts: Sequence[int] = (),
@@ -84,7 +84,8 @@ def perplexity(
         documents: plain strings get their place as a name.
         max_length, mode, stride, bos, bos_each_window, contexts, context_targets, key_tokens, mask_share, batch_size,
             prefill_chunk, head_chunk: see `Method`.
-        patterns: what to compare with dense; settings of a patched model also carry its layers and backend.
+        patterns: what to compare with dense: names, patterns, paths of pattern files, or settings of a patched model,
+            which also carry its layers and backend.
         dense: False leaves dense attention out, with which texts of 100,000 tokens take too long.
         backend: for patterns and for settings that leave the choice open.
         seed: for patterns that draw, for what is masked, and for the intervals of the result.

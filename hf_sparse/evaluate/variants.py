@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from torch import nn
 
 from ..backends import check_backend
 from ..hf import SparseSettings, patched, settings, settings_to_json, unpatched
-from ..patterns import Pattern, get_pattern
+from ..hf.pattern_file import settings_of
+from ..patterns import Pattern
 from .counting import Counted
 
 _SAMPLE = 64  # values of each weight that go into its fingerprint
@@ -49,7 +51,7 @@ class Variant:
 
 def chosen_variants(
     model: nn.Module,
-    patterns: Sequence[str | Pattern | SparseSettings],
+    patterns: Sequence[str | os.PathLike[str] | Pattern | SparseSettings],
     backend: str,
     without_adapter: bool = False,
     control: str | None = None,
@@ -68,7 +70,7 @@ def chosen_variants(
         raise ValueError(
             f"only a PeftModel has adapters to compare, got {type(model).__name__}; load the adapter first."
         )
-    sparse = [p if isinstance(p, SparseSettings) else SparseSettings(get_pattern(p)) for p in patterns]
+    sparse = [settings_of(pattern) for pattern in patterns]
     sparse = [
         replace(setting, backend=backend) if setting.backend == "auto" else setting for setting in sparse
     ]
@@ -93,7 +95,7 @@ def entered(model: Any, variant: Variant, control: str | None = None) -> Iterato
     base = base_of(model)
     attention: AbstractContextManager[Any] = nullcontext()
     if (sparse := variant.sparse) is not None:
-        attention = patched(base, sparse.pattern, backend=sparse.backend, layers=sparse.layers)
+        attention = patched(base, sparse)
     elif settings(base) is not None:
         attention = unpatched(base)
     with _adapter_state(model, variant.adapter, control), attention:

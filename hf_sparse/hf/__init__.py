@@ -6,6 +6,7 @@ from .generation import make_cache
 from .loading import read_sidecar
 from .mask import SparseMask
 from .patch import patch_model, patched, unpatch_model, unpatched
+from .pattern_file import load_pattern, save_pattern
 from .persist import load, save_adapter
 from .register import register_names
 from .stored_settings import SparseSettings, attention_name, settings_from_json, settings_to_json
@@ -18,11 +19,13 @@ __all__ = [
     "attention_name",
     "describe",
     "load",
+    "load_pattern",
     "make_cache",
     "patch_model",
     "patched",
     "read_sidecar",
     "save_adapter",
+    "save_pattern",
     "settings",
     "settings_from_json",
     "settings_to_json",

@@ -1,4 +1,4 @@
-"""The account of what a group of cache layers holds: those that run the same pattern under the same limits."""
+"""The account of what a group of cache layers holds: those of which later tokens may see the same keys."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Account:
     """Which keys the layers of one group hold between calls, and what the call in progress does to them.
 
     heads: query heads of the layers; layer: the index of the first of them.
+    only: the query heads that count, where those of a layer differ in what they may see; None for all.
     held: None before the first call.
     step: the call in progress, None between calls.
     shift: rotary positions by which the call in progress turns the keys of every tail.
@@ -30,6 +31,7 @@ class Account:
     constraint: Constraint
     heads: int
     layer: int
+    only: tuple[int, ...] | None = None
     held: Held | None = None
     step: Step | None = None
     shift: int = 0
@@ -84,4 +86,4 @@ class Account:
         self.held, self.step, self.shift = None, None, 0
 
     def _retention(self, chosen: tuple[int, ...]) -> Retention:
-        return _retention(self.pattern, self.constraint, self.heads, self.layer, chosen)
+        return _retention(self.pattern, self.constraint, self.heads, self.layer, chosen, self.only)

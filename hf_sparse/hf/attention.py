@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.output_capturing import _active_collector
 
 from ..backends import Call, attend
-from ..backends.reference import reference_attention
 from ..patterns.places import Places
+from ..patterns.selected_heads import of_layer
 from ..plan import Constraint, Segments
 from .dense import DenseMask, dense_attention, stays_dense
 from .far import far_pair
-from .global_projections import projecting, replace_global_rows
+from .global_projections import replace_global_rows
 from .mask import SparseMask, running_forwards
+from .ragged import attend_parts
 from .rotary import Rotation
 from .stored_settings import PREFIX, pattern_of_layer, settings_for
+from .weights import attention_weights, refuse_weights_of_parts, weights_wanted
 
-LONGEST_WEIGHTS = 2048  # keys up to which output_attentions=True is answered: the weights are quadratic
+_COMPUTE = "_hf_sparse_compute"  # what a module's attention is computed by, in place of `attend`
 GLOBALS = "global_attention_mask"
 POSITIONS = "packed_position_ids"  # how a model that keeps its position ids to itself hands them on
 # Keyword arguments that transformers hands through and that do not change what attention computes.
@@ -75,7 +76,8 @@ def sparse_attention(
 
     Args:
         query: [B, H, Q, D], rotated; the queries are the last of the keys.
-        key, value: [B, H_kv, K, D] and [B, H_kv, K, Dv], the cache included.
+        key, value: [B, H_kv, K, D] and [B, H_kv, K, Dv], the cache included; of a layer whose key heads hold different
+            lengths the new tokens alone.
         attention_mask: the `SparseMask` of this forward pass, or None where the model makes no mask; with a
             `DenseMask`, as in an encoder of a model that also has a decoder, attention is dense.
     Returns:
@@ -86,7 +88,7 @@ def sparse_attention(
     if stays_dense(module, attention_mask, is_causal):
         _refuse(module, kwargs)
         allowed = attention_mask.allowed if isinstance(attention_mask, DenseMask) else None
-        rate, wanted = dropout if module.training else 0.0, _wanted(output_attentions)
+        rate, wanted = dropout if module.training else 0.0, weights_wanted(output_attentions)
         return dense_attention(module, query, key, value, allowed, rate, scaling, softcap, wanted)
     if (inputs := getattr(_observer, "inputs", None)) is not None:
         inputs.append((module, query, key))
@@ -100,7 +102,7 @@ def sparse_attention(
     if segments.k_len < key.shape[2]:  # a static cache holds slots not yet filled
         key, value = key[:, :, : segments.k_len], value[:, :, : segments.k_len]
     call = Call(
-        pattern=pattern_of_layer(mask.settings, layer, type(module).__name__),
+        pattern=of_layer(pattern_of_layer(mask.settings, layer, type(module).__name__), layer or 0),
         constraint=mask.constraint,
         scale=scaling,
         softcap=softcap,
@@ -113,10 +115,24 @@ def sparse_attention(
         call = replace(call, near=places.near)
         held = None if mask.far_keys is None else mask.far_keys(call.layer)
         far = far_pair(rotation, places, query, key, segments, mask.base, mask.memo, held)
-    out = attend(query, key, value, call, segments, mask.settings.backend, far).transpose(1, 2).contiguous()
+    parts = None if mask.held_heads is None else mask.held_heads(call.layer, key, value)
+    compute = module.__dict__.get(_COMPUTE, _attend)
+    if parts is None:
+        out = compute(module, query, key, value, call, segments, mask.settings.backend, far)
+    elif compute is _attend:
+        out = attend_parts(query, parts, call, mask.settings.backend)
+    else:
+        raise ValueError(
+            "attention is computed by something else here, which needs the keys of all heads, but the cache holds more "
+            "of some heads than of others; pass use_cache=False"
+        )
+    out = out.transpose(1, 2).contiguous()
     out = replace_global_rows(module, query, key, value, out, call, segments, trial=probe is not None)
-    weights = _weights(query, key, call, segments, slots, far) if _wanted(output_attentions) else None
-    return out, weights
+    if not weights_wanted(output_attentions):
+        return out, None
+    if parts is not None:
+        refuse_weights_of_parts()
+    return out, attention_weights(query, key, call, segments, slots, far)
 
 
 def _sequences(
@@ -151,7 +167,7 @@ def _placed(mask: SparseMask, call: Call, trial: bool) -> tuple[Places | None, R
         raise ValueError(
             f"{call.pattern} sees far keys at other places, for which hf_sparse.patch_model or hf_sparse.load prepares "
             f"a model whose weights are in memory; patch it, before weights are offloaded "
-            f"(attn_implementation={PREFIX + call.pattern.name!r} alone does not prepare it)"
+            f"(attn_implementation={PREFIX + mask.settings.pattern.name!r} alone does not prepare it)"
         )
     return places, mask.positions.rotations.get(call.layer)
 
@@ -216,38 +232,6 @@ def _sparse_mask(
     return mask.of(running[-1]) if running else mask
 
 
-def _wanted(output_attentions: bool | None) -> bool:
-    """True where the caller of the model asked for the weights; GPT-2 and OPT do not tell their layers."""
-    return bool(output_attentions) or "attentions" in (_active_collector.get() or ())
-
-
-def _weights(
-    query: Tensor,
-    key: Tensor,
-    call: Call,
-    segments: Segments,
-    buffer: int,
-    far: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Return the attention weights [B, H, Q, K] without dropout, 0 for key slots not yet filled."""
-    k_len = key.shape[2]
-    if projecting(call.pattern, call.layer, query.shape[1]) is not None:
-        raise ValueError(
-            "output_attentions=True asks for one weight per pair, but with global_projections=True global queries and "
-            "other queries weigh different keys; leave output_attentions out"
-        )
-    if k_len > LONGEST_WEIGHTS:
-        raise ValueError(
-            f"output_attentions=True needs the {query.shape[2]} x {k_len} weights that sparse attention avoids; it is "
-            f"answered up to {LONGEST_WEIGHTS} keys, use shorter inputs or attn_implementation='eager'"
-        )
-    one_hot = torch.eye(k_len, dtype=query.dtype, device=query.device).expand(
-        key.shape[0], key.shape[1], -1, -1
-    )
-    weights = reference_attention(query, key, one_hot, replace(call, dropout=0.0), segments, far)
-    return torch.nn.functional.pad(weights, (0, buffer - k_len))
-
-
 _observer = threading.local()
 
 
@@ -271,3 +255,23 @@ def observed_inputs() -> Iterator[list[tuple[torch.nn.Module, Tensor, Tensor]]]:
         yield seen
     finally:
         del _observer.inputs
+
+
+def _attend(module: nn.Module, *args: Any) -> Tensor:
+    return attend(*args)
+
+
+@contextmanager
+def computed_by(model: nn.Module, compute: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `compute` give every sparse attention of `model` inside the block, in place of `attend`.
+
+    It gets the attention module first and then what `attend` gets, and returns what that returns.
+    """
+    modules = list(model.modules())
+    for module in modules:
+        module.__dict__[_COMPUTE] = compute
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop(_COMPUTE, None)

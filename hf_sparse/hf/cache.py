@@ -12,26 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-)
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
-from ..patterns import Pattern, get_pattern
-from ..patterns.places import Place
-from ..plan import Constraint, Segments
+from ..plan import Segments
 from ..plan.held import SLACK, Held, extend, take_back, take_rows
-from .account import Account
-from .cache_layer import LinearAndSparseLayer, SparseLayer
-from .describe import layer_constraint
-from .global_projections import projecting
+from .cache_layer import SparseLayer
+from .cache_plan import make_layers
 from .placing import Positions
-from .stored_settings import SparseSettings, key_sources, layer_count, query_heads
+from .ragged_layer import HeldHeads, RaggedLayer
+from .stored_settings import SparseSettings, key_sources
 
 _ALWAYS = 2**62  # of the tokens seen nothing is ever dropped
-_REPLACED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,19 +35,24 @@ class CacheCall:
     base: rotary position 0 is the token at this position of every sequence.
     far_keys: gives a layer's keys [B, H_kv, K, D] as far queries see them, where its cache holds them so; once, after
         the layer's `update`.
+    held_heads: gives what the call sees of a layer whose key heads hold different lengths, which came by this key and
+        value; None for any other layer; once, after the layer's `update`.
     """
 
     tokens: Segments
     layers: tuple[Segments | None, ...]
     base: int
     far_keys: Callable[[int], Tensor | None]
+    held_heads: Callable[[int, Tensor, Tensor], tuple[HeldHeads, ...] | None]
 
 
 class SparseCache(Cache):
     """A cache whose layers hold what the pattern of a model leaves to be seen; see `make_cache`.
 
-    A layer with a sliding window or chunks of the model's own holds what both leave to be seen. Latents (MLA) are held
-    as keys are. Linear states and other kinds of layers are the model's own.
+    A layer with a sliding window or chunks of the model's own holds what both leave to be seen. Where key heads differ
+    in what their query heads may see, each holds its own; not so with far keys at places of their own, where layers
+    read another's keys, beside a linear part, and where the model changes keys after the cache: there all hold what any
+    may see. Latents (MLA) are held as keys are. Linear states and other kinds of layers are the model's own.
     """
 
     # No limit: peft asks caches other than transformers' own before it puts a prefix in their place.
@@ -71,7 +68,8 @@ class SparseCache(Cache):
         """
         super().__init__(layers=layers)
         self.settings, self._sources = settings, sources
-        self._own = [layer for layer in layers if isinstance(layer, SparseLayer)]
+        self._ragged = [layer for layer in layers if isinstance(layer, RaggedLayer)]
+        self._own = [own for layer in layers for own in _sparse_layers(layer)]
         self._accounts = list({id(layer.account): layer.account for layer in self._own}.values())
         self._most = most
         self._shape, self._config = _shape(config), weakref.ref(config)
@@ -83,7 +81,7 @@ class SparseCache(Cache):
         """Bytes of all keys and values, room for coming tokens included."""
         total = 0
         for layer in self.layers:
-            if isinstance(layer, SparseLayer):
+            if isinstance(layer, (SparseLayer, RaggedLayer)):
                 total += layer.nbytes
             elif isinstance(layer, DynamicLayer):
                 total += sum(
@@ -144,12 +142,20 @@ class SparseCache(Cache):
             for account in self._accounts
         }
         self._coming = coming, base
-        read = [self.layers[source] for source in self._sources]
-        layers = [steps[id(layer.account)].call if isinstance(layer, SparseLayer) else None for layer in read]
-        return CacheCall(coming.segments, tuple(layers), base, self._take_far_keys)
+        calls = {id(layer): steps[id(layer.account)].call for layer in self._own}
+        if self._ragged:  # the `update` of these returns new tokens alone
+            new = coming.segments.after(coming.length - q_len)
+            calls |= {id(layer): new for layer in self._ragged}
+        layers = tuple(calls.get(id(self.layers[source])) for source in self._sources)
+        return CacheCall(coming.segments, layers, base, self._take_far_keys, self._take_held_heads)
 
-    def end(self) -> None:
-        """End the forward pass, whether it came to its end or not."""
+    def end(self, finished: bool = False) -> None:
+        """End the forward pass, whether it came to its end (`finished`) or not.
+
+        Raises:
+            ValueError: it did, but an attention that is not ours saw nothing but the new tokens.
+        """
+        left = [layer.let_go() for layer in self._ragged]
         if self._coming is None:
             return
         length = self._coming[0].length
@@ -163,6 +169,12 @@ class SparseCache(Cache):
         for account in self._accounts:
             account.end(done)
         self._coming = None
+        self._broken = self._broken or any(left)
+        if finished and any(left):
+            raise ValueError(
+                "a layer attended without asking the cache for its keys, of which it holds more of some heads than of "
+                "others; pass past_key_values=DynamicCache()"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens.
@@ -217,6 +229,10 @@ class SparseCache(Cache):
         layer = self.layers[index]
         return layer.take_far_keys() if isinstance(layer, SparseLayer) else None
 
+    def _take_held_heads(self, index: int, key: Tensor, value: Tensor) -> tuple[HeldHeads, ...] | None:
+        layer = self.layers[index]
+        return layer.take_held(key, value) if isinstance(layer, RaggedLayer) else None
+
     def _next_base(self, coming: Segments, q_len: int) -> int:
         """Return the base that keeps rotary positions small, where every layer's pattern bounds them.
 
@@ -247,47 +263,15 @@ def cache_for(settings: SparseSettings, config: Any, positions: Positions | None
 
     positions: how the model is told places; None where it was not prepared for any.
     """
-    heads, rotations = query_heads(config), {} if positions is None else positions.rotations
-    accounts: dict[Any, Account] = {}
-    layers: list[Any] = []
-    most: list[int | None] = []
-    sources = key_sources(config)
-    for index, stock in enumerate(_stock_layers(config)):
-        pattern = settings.pattern_at(index)
-        # Global queries with projections of their own look at every token.
-        own = type(stock) in _REPLACED and projecting(pattern, index, heads) is None
-        borrows = sources[index] != index
-        if isinstance(stock, DynamicLayer) or borrows:
-            most.append(_farthest(pattern, index) if rotations and (own or borrows) else None)
-        readers = [reader for reader, source in enumerate(sources) if source == index]
-        if len(readers) > 1 and (pattern.per_layer or len({settings.pattern_at(r) for r in readers}) > 1):
-            pattern = get_pattern("full")  # holds what any of them may see
-        if not own:
-            layers.append(stock)
-            continue
-        limit = Constraint() if not stock.is_sliding else layer_constraint(config, index, causal=True)
-        key = (pattern, limit, index if pattern.per_layer else None)
-        account = accounts.setdefault(key, Account(pattern, limit, heads, index))
-        if isinstance(stock, LinearAttentionAndFullAttentionLayer):
-            layers.append(LinearAndSparseLayer(account, rotations.get(index), stock.number_of_states))
-        else:
-            layers.append(SparseLayer(account, rotations.get(index), stock.is_sliding))
-    bounded = [m for m in most if m is not None]
-    farthest = max(bounded) if bounded and len(bounded) == len(most) else None
-    return SparseCache(layers, sources, settings, config, farthest)
+    layers, most = make_layers(settings, config, {} if positions is None else positions.rotations)
+    return SparseCache(layers, key_sources(config), settings, config, most)
 
 
-def _stock_layers(config: Any) -> list[Any]:
-    """Return the layers that transformers would take, as many as there are."""
-    stock: list[Any] = list(DynamicCache(config=config).layers)
-    # Of BART's numbers of layers transformers takes the encoder's.
-    return [*stock, *(DynamicLayer() for _ in range(layer_count(config) - len(stock)))][: layer_count(config)]
-
-
-def _farthest(pattern: Pattern, layer: int) -> int | None:
-    """Return the farthest place of a query where sinks stay at their own; None where places are not of that kind."""
-    places = pattern.places(layer)
-    return None if places is None or places.key != Place() else places.query.most
+def _sparse_layers(layer: Any) -> list[SparseLayer]:
+    """Return what holds the keys of a layer of ours; nothing for transformers' own."""
+    if isinstance(layer, RaggedLayer):
+        return [part.layer for part in layer.parts]
+    return [layer] if isinstance(layer, SparseLayer) else []
 
 
 def _shape(config: Any) -> tuple[Any, ...]:

@@ -13,6 +13,8 @@ from ..patterns import Pattern
 from ..patterns.base import short
 from ..plan import Constraint, Cost, cost
 from .active import is_switched, settings, unwrap
+from .kv_bytes import kv_bytes
+from .native import head_size, key_heads, layer_constraint, native_window
 from .routing import attention_layers, has_encoder, is_causal
 from .stored_settings import SparseSettings, layer_count, query_heads, settings_from_json
 
@@ -54,7 +56,8 @@ def describe(model: nn.Module, seq_len: int | None = None) -> str:
     lines += _globals(current.pattern)
     lines.append(_cost(list(costs.values()), [costs[layer] for layer in sparse], length, is_causal(base)))
     if is_causal(base):
-        held = sum(cost.kv_bytes_held for cost in costs.values())
+        size = next(base.parameters()).element_size()
+        held = kv_bytes(current, config, length, dtype_bytes=size, room=False)
         lines.append(f"cache     holds {held / 2**20:.3g} MiB of keys and values after {length:,} tokens")
     return "\n".join(lines)
 
@@ -147,19 +150,6 @@ def _native(pattern: Pattern, config: Any) -> list[str]:
     return lines
 
 
-def native_window(config: Any) -> int | None:
-    """Return the model's own sliding window in keys, the query itself included; None where it has none."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if (
-        window is None
-        or (kinds and "sliding_attention" not in kinds)
-        or getattr(config, "use_sliding_window", True) is False
-    ):
-        return None
-    return int(window) + 1 if config.model_type == "modernbert" else int(window)
-
-
 def _leaves(pattern: Pattern) -> list[Pattern]:
     """Return the patterns that `pattern` is made of, each once."""
     return list(dict.fromkeys(leaf for m in pattern.members for leaf in _leaves(m))) or [pattern]
@@ -180,8 +170,8 @@ def _layer_cost(base: PreTrainedModel, config: Any, current: SparseSettings, lay
         n,
         constraint=layer_constraint(config, layer, is_causal(base)),
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=key_heads(config, layer),
+        head_dim=head_size(config, layer),
         dtype_bytes=next(base.parameters()).element_size(),
         layer=layer,
     )
@@ -202,11 +192,3 @@ def _cost(costs: list[Cost], sparse: list[Cost], n: int, causal: bool) -> str:
 def _density(costs: list[Cost]) -> str:
     density = sum(c.pairs for c in costs) / sum(c.dense_pairs for c in costs)
     return f"{density:.3f}" if density >= 0.01 else f"{density:.2g}"
-
-
-def layer_constraint(config: Any, layer: int, causal: bool) -> Constraint:
-    """Return what the model itself imposes on a layer."""
-    kinds = getattr(config, "layer_types", None)
-    kind = kinds[layer] if kinds else "sliding_attention"
-    chunk = getattr(config, "attention_chunk_size", None) if kind == "chunked_attention" else None
-    return Constraint(causal, native_window(config) if kind == "sliding_attention" else None, chunk)

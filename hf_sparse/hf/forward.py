@@ -84,7 +84,7 @@ def end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     forward = stack.pop()
     cache = forward.cache
     if isinstance(cache, SparseCache):
-        cache.end()
+        cache.end(finished=output is not None)
     if output is None:
         return
     if cache is None:

@@ -21,6 +21,7 @@ from .stored_settings import PREFIX, SparseSettings, settings_for
 if TYPE_CHECKING:
     from .cache import CacheCall
     from .placing import Positions
+    from .ragged_layer import HeldHeads
 
 
 class SparseMask(StandIn):
@@ -31,6 +32,7 @@ class SparseMask(StandIn):
     layers: for each layer whose cache drops keys, the sequences in its slots; see `held`.
     base: the position in its sequence of the token at rotary position 0.
     far_keys: gives a layer's keys as far queries see them, where its cache holds them so; see `CacheCall`.
+    held_heads: gives what a call sees of a layer whose key heads hold different lengths; see `CacheCall`.
     positions: how the model is told the places of tokens, where it has been prepared.
     tokens: [B or 1, Q] int64, the caller's position_ids, or places of new tokens, where the model is given others.
     memo: what the layers of one forward pass share.
@@ -45,6 +47,7 @@ class SparseMask(StandIn):
         "first_slot",
         "flags",
         "globals_known",
+        "held_heads",
         "k_len",
         "layers",
         "may_be_packed",
@@ -85,6 +88,7 @@ class SparseMask(StandIn):
         self.layers: tuple[Segments | None, ...] = ()
         self.base = 0
         self.far_keys: Callable[[int], Tensor | None] | None = None
+        self.held_heads: Callable[[int, Tensor, Tensor], tuple[HeldHeads, ...] | None] | None = None
         self.positions: Positions | None = None
         self.tokens: Tensor | None = None
         self.memo: dict[Any, Any] = {}
@@ -112,7 +116,7 @@ class SparseMask(StandIn):
         copy.positions, copy.tokens = forward.positions, forward.tokens
         if forward.call is not None:
             copy.layers, copy.base = forward.call.layers, forward.call.base
-            copy.far_keys = forward.call.far_keys
+            copy.far_keys, copy.held_heads = forward.call.far_keys, forward.call.held_heads
         return copy
 
     def held(self, layer: int | None) -> Segments | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..backends import check_backend
-from ..patterns import Pattern, get_pattern, pattern_class
+from ..patterns import Pattern, pattern_class
 from ..patterns.probe import check_predicate
 from .active import is_switched, unwrap
 from .forward import FORWARD_HOOKS, add_forward_hooks
@@ -26,6 +27,7 @@ from .global_tokens import (
     remove_global_hooks,
 )
 from .hooks import add_hook, find_hooks, mask_owner, remove_hooks
+from .pattern_file import is_pattern_file, naming_its_file, settings_of
 from .placing import positions_of, put_positions, remove_positions, set_positions
 from .routing import (
     POSITION_HOOKS,
@@ -52,7 +54,7 @@ _RESTORE = "_hf_sparse_replaced"  # attribute of a patched model: the attention 
 
 def patch_model(
     model: M,
-    pattern: str | Pattern,
+    pattern: str | os.PathLike[str] | Pattern | SparseSettings,
     *,
     backend: str = "auto",
     layers: Iterable[int] | None = None,
@@ -69,7 +71,8 @@ def patch_model(
 
     Args:
         pattern: a registered name, which takes `options`, or a pattern object: a union such as
-            ``SlidingWindow(512) | Strided(64)``, one pattern per query head or one per layer.
+            ``SlidingWindow(512) | Strided(64)``, one pattern per query head or one per layer; or the path of a file
+            with one (see `load_pattern`), whose layers and backend are used where none are given here.
         backend: "auto" chooses; a name obeys or raises at the first forward.
         layers: indices of the layers to patch, None for all; the others keep dense attention. A mapping of ranges to
             patterns is the option of that name of ``pattern="layered"``, whose other option called ``pattern`` can only
@@ -80,16 +83,16 @@ def patch_model(
             or answers wrongly, or a model that patterns cannot be put into; the model is left as it was.
     """
     base = unwrap(model)
-    if isinstance(layers, Mapping) and isinstance(
-        pattern, str
-    ):  # of the pattern: a pattern for each range of layers
+    # a mapping is an option of the pattern: a pattern for each range of layers
+    if isinstance(layers, Mapping) and isinstance(pattern, str) and not is_pattern_file(pattern):
         if "layers" not in (field.name for field in dataclasses.fields(pattern_class(pattern))):
             raise ValueError(
                 f"layers={layers!r} gives ranges of layers their patterns, which pattern='layered' does, and "
                 f"{pattern!r} is named besides; name 'layered', or give a list of layer indices"
             )
         layers, options = None, {"layers": layers, **options}
-    chosen = get_pattern(pattern, **options)
+    given = settings_of(pattern, **options)
+    chosen = given.pattern
     if seq_len is not None:
         if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
             raise ValueError(f"seq_len must be a whole number of tokens >= 1, got {seq_len!r}")
@@ -97,11 +100,15 @@ def patch_model(
     name = attention_name(chosen)
     check_backend(backend)
     refuse_unroutable(base)
-    settings = SparseSettings(chosen, _check_layers(layers, base), backend)
+    own_layers = _check_layers(layers, base)
     config, causal = base.config.get_text_config(), is_causal(base)
-    check_fit(settings, config)
-    check_comes_back(settings)
-    check_predicate(chosen, query_heads(config) or 1, causal, layer_count(config) or 1)
+    with naming_its_file(given, base):
+        if layers is None:
+            own_layers = _check_layers(given.layers, base)
+        settings = SparseSettings(chosen, own_layers, given.backend if backend == "auto" else backend)
+        check_fit(settings, config)
+        check_comes_back(settings)
+        check_predicate(chosen, query_heads(config) or 1, causal, layer_count(config) or 1)
     before = _state(base)
     try:
         if not hasattr(base, _RESTORE):
@@ -152,7 +159,9 @@ def unpatch_model(model: M) -> M:
 
 
 @contextlib.contextmanager
-def patched(model: M, pattern: str | Pattern, **settings: Any) -> Iterator[M]:
+def patched(
+    model: M, pattern: str | os.PathLike[str] | Pattern | SparseSettings, **settings: Any
+) -> Iterator[M]:
     """Patch as `patch_model` does, inside the block; then restore what was there, an earlier patch included.
 
     With gradient checkpointing, call ``backward()`` inside the block.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..backends import check_backend
@@ -23,11 +23,13 @@ class SparseSettings:
 
     layers: indices of the layers that run the pattern, ascending; None is all. The others run dense attention.
     backend: a name of `hf_sparse.backends.BACKENDS`.
+    source: the file they were read from, to be named where they do not fit.
     """
 
     pattern: Pattern
     layers: tuple[int, ...] | None = None
     backend: str = "auto"
+    source: str | None = field(default=None, compare=False)
 
     def pattern_at(self, layer: int | None) -> Pattern:
         return self.pattern if self.layers is None or layer in self.layers else _FULL

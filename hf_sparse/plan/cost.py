@@ -9,7 +9,7 @@ import numpy as np
 from ..patterns.base import Pattern
 from .constraint import Constraint
 from .plan import Plan, make_plan
-from .retention import Retention
+from .retention import key_groups, keys_held
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Cost:
     flops: floating-point operations of the two products of the forward pass, all heads (4 * head_dim per pair).
     kv_bytes_per_step: bytes of keys and values read to decode one token after n tokens; what several query heads of a
         key head read counts once.
-    kv_bytes_held: bytes of keys and values that a cache has to hold after n tokens; all of them without causality.
+    kv_bytes_held: bytes of keys and values that a cache has to hold after n tokens, of each key head what any of its
+        query heads may still see; all of them without causality.
     """
 
     pairs: float
@@ -67,16 +68,18 @@ def cost(
         dense_pairs=plan.dense_pairs,
         flops=4.0 * head_dim * heads * plan.pairs,
         kv_bytes_per_step=token_bytes * _keys_read(step, kv_heads),
-        kv_bytes_held=token_bytes * kv_heads * _keys_held(pattern, constraint, n, heads, layer),
+        kv_bytes_held=token_bytes * _keys_held(pattern, constraint, n, heads, kv_heads, layer),
     )
 
 
-def _keys_held(pattern: Pattern, constraint: Constraint, n: int, heads: int, layer: int) -> int:
+def _keys_held(
+    pattern: Pattern, constraint: Constraint, n: int, heads: int, kv_heads: int, layer: int
+) -> int:
+    """Return the keys held, summed over key heads."""
     if not constraint.causal:
-        return n
-    retention = Retention(pattern, constraint, heads, layer)
-    tail = retention.tail(n)
-    return n - tail + int(retention.keeps(np.arange(tail), n).sum())
+        return n * kv_heads
+    groups = key_groups(pattern, constraint, heads, kv_heads, layer)
+    return sum(len(group.kv_heads) * keys_held(group.retention, n) for group in groups)
 
 
 def _keys_read(step: Plan, kv_heads: int) -> float:

@@ -11,8 +11,9 @@ import yaml
 from transformers import TrainingArguments
 
 from ..backends import BACKENDS, check_backend
+from ..hf import SparseSettings
+from ..hf.pattern_file import is_pattern_file, settings_of
 from ..patterns import Pattern, Union, get_pattern, load_plugin
-from ..patterns.written import pattern_from_json, read_json_file
 
 
 def _option(default: Any, help: str) -> Any:
@@ -83,16 +84,17 @@ class AdaptationArguments:
                     f"{name} is an empty list; name at least one, or leave it out for the default."
                 )
 
-    def chosen_pattern(self) -> Pattern:
-        """Return the pattern that is trained: `full` for the dense control, else the named one with its options."""
+    def chosen_pattern(self) -> Pattern | SparseSettings:
+        """Return what is trained: `full` for the dense control, else the named pattern or what its file holds."""
         options = _mapping(self.pattern_options)
         names = [name.strip() for name in str(self.pattern).split("|")]
-        if str(self.pattern).lower().endswith(".json"):
+        pattern: Pattern | SparseSettings
+        if is_pattern_file(str(self.pattern)):
             if options:
                 raise ValueError(
                     f"pattern_options go with a named pattern, got {options!r}; write them into {self.pattern}."
                 )
-            pattern = pattern_from_json(read_json_file(str(self.pattern)))
+            pattern = settings_of(str(self.pattern))
         elif len(names) == 1:
             pattern = get_pattern(names[0], **options)
         else:

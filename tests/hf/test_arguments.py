@@ -92,7 +92,7 @@ def test_output_attentions_in_training_are_those_before_dropout():
 
 
 def test_output_attentions_of_long_inputs_are_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr("hf_sparse.hf.attention.LONGEST_WEIGHTS", 10)
+    monkeypatch.setattr("hf_sparse.hf.weights.LONGEST_WEIGHTS", 10)
     model = hf_sparse.patch_model(tiny("llama"), "sliding_window", window=3)
     model(tokens(1, 10), output_attentions=True)
     with pytest.raises(ValueError, match="output_attentions=True needs the 11 x 11 weights"):

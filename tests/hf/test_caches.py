@@ -5,14 +5,19 @@ import torch
 from caching import CLOSE, HYBRIDS, NAMES, OPTIONS, PATTERNS, PREFILLS, caches, decoder, fed, left_padded
 from tiny_models import logits, tokens
 
-from hf_sparse import SparseTransformerFixed, StreamingLLM, available_patterns
+from hf_sparse import Full, PerHead, SlidingWindow, SparseTransformerFixed, StreamingLLM, available_patterns
 from hf_sparse.hf.cache import SparseCache
 from hf_sparse.plan import held
 
 PAIR = [SparseTransformerFixed(block=6, summary=2), StreamingLLM(sinks=2, window=4)]
 PLACED = StreamingLLM(sinks=2, window=4, positions="cache")
+RAGGED = PerHead((Full(), SlidingWindow(3), SlidingWindow(4), StreamingLLM(sinks=1, window=4)))
 OTHERS = [
-    (name, p) for name in NAMES if name != "llama" for p in (*PAIR, PLACED) if (name, p) != ("bart", PLACED)
+    (name, p)
+    for name in NAMES
+    if name != "llama"
+    for p in (*PAIR, PLACED, RAGGED)
+    if (name, p) != ("bart", PLACED)
 ]
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 1}
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from hf_sparse import PerHead, SlidingWindow, StreamingLLM, Strided, get_pattern
+from hf_sparse.hf import SparseSettings
 from hf_sparse.patterns import pattern_to_json, registry
 from hf_sparse.train import AdaptationArguments, ConfigParser, SparseTrainingArguments
 
@@ -162,7 +163,7 @@ def test_impossible_training_settings_are_refused(settings, message, tmp_path):
 def test_a_pattern_of_heads_or_layers_comes_from_a_json_file(tmp_path):
     file, pattern = tmp_path / "heads.json", PerHead((SlidingWindow(4), StreamingLLM(1, 3)))
     file.write_text(json.dumps(pattern_to_json(pattern)))
-    assert AdaptationArguments(pattern=str(file)).chosen_pattern() == pattern
+    assert AdaptationArguments(pattern=str(file)).chosen_pattern() == SparseSettings(pattern)
     with pytest.raises(ValueError, match="pattern_options go with a named pattern"):
         AdaptationArguments(pattern=str(file), pattern_options={"window": 3})
     with pytest.raises(

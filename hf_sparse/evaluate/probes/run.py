@@ -56,7 +56,7 @@ def probe(
     distances: Sequence[int] | None = None,
     samples: int = 20,
     haystack: Iterable[Document | str] | None = None,
-    patterns: Sequence[str | Pattern | SparseSettings] = (),
+    patterns: Sequence[str | os.PathLike[str] | Pattern | SparseSettings] = (),
     backend: str = "auto",
     seed: int = 0,
     without_adapter: bool = False,

@@ -1,0 +1,130 @@
+"""Costs in seconds, measured on the model itself: reading a prompt, and decoding behind one."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..evaluate.preparation import check_length
+from ..evaluate.scoring import empty_cache
+from ..evaluate.variants import base_of
+from ..hf import patched
+from ..hf.routing import is_causal
+from ..patterns import Pattern
+from .costs import Costs, density_costs
+from .gated import DENSE
+from .units import Units
+
+REPEATS = 5  # turns; each configuration has one in each, so that a slow moment of the machine hits all
+STEPS = 16  # tokens decoded in a turn
+
+
+def check_timed(base: Any, measure: str, tokens: int) -> None:
+    """Raise ValueError for more tokens than the model has positions, or decoding asked of an encoder."""
+    if measure == "prefill":
+        check_length(base, tokens, "tokens")
+        return
+    if not is_causal(base):
+        raise ValueError(
+            f"a budget of decode time is for models that decode, and {type(base).__name__} is an encoder; "
+            "use of='prefill'"
+        )
+    steps = (REPEATS + 1) * STEPS
+    check_length(base, tokens + steps, f"tokens + {steps} decoded")
+
+
+def reads(units: Units, candidates: int) -> int:
+    """Return how many times `time_costs` has the model read all tokens, at most."""
+    return (2 * candidates - 1 if units.count > 1 else candidates) * (REPEATS + 1)
+
+
+def time_costs(
+    model: Any,
+    units: Units,
+    candidates: Sequence[Pattern],
+    tokens: int,
+    *,
+    measure: str,
+    backend: str,
+    progress: bool = False,
+) -> Costs:
+    """Return the seconds of a prefill of `tokens` tokens, or of one decoded token behind them.
+
+    Measured are the model with every unit on one candidate, for each of them, and with half of the units of every layer
+    on it and the others dense. Between these, time is taken to grow with the pairs that a unit computes, and a layer
+    whose units differ to cost the extra of the halves. What the model does besides attention is part of every choice.
+    """
+    numbers = range(len(candidates))
+    halves = units.count // 2
+    choices = [np.full(units.shape, number) for number in numbers]
+    for number in numbers:
+        if number != DENSE and halves:
+            split = np.full(units.shape, number)
+            split[:, :halves] = DENSE
+            choices.append(split)
+    seconds = measure_seconds(
+        model, [units.pattern(choice, candidates) for choice in choices], tokens, measure, backend, progress
+    )
+    pure, split_seconds = np.array(seconds[: len(candidates)]), seconds[len(candidates) :]
+    pairs = density_costs(base_of(model), units, candidates, tokens).shares
+    dense = pure[DENSE]
+    shares = np.full(pairs.shape, 1 / pairs[..., DENSE].size)
+    for number in numbers:
+        saved = pairs[..., DENSE] - pairs[..., number]
+        if saved.sum() > 0:
+            shares[..., number] -= (1 - pure[number] / dense) * saved / saved.sum()
+    extra: list[float] = []
+    for split, value in zip(choices[len(candidates) :], split_seconds, strict=True):
+        predicted = np.take_along_axis(shares, split[..., None], -1).sum()
+        extra.append((value / dense - predicted) / len(units.layers))
+    return Costs(
+        measure, tokens, shares, float(dense), mixed=max(0.0, float(np.mean(extra))) if extra else 0.0
+    )
+
+
+def measure_seconds(
+    model: Any, patterns: Sequence[Pattern], tokens: int, measure: str, backend: str, progress: bool = False
+) -> list[float]:
+    """Return the median seconds of a prefill of `tokens` random tokens, or of a token decoded behind them."""
+    base = base_of(model)
+    device = base.get_input_embeddings().weight.device
+    is_decoder = is_causal(base)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.config.get_text_config().vocab_size, (1, tokens), generator=generator).to(device)
+    found: list[list[float]] = [[] for _ in patterns]
+    caches: list[Any] = [None] * len(patterns)
+    bar = tqdm(
+        total=len(patterns) * (REPEATS + 1), desc=f"timing {measure}", disable=None if progress else True
+    )
+    with torch.inference_mode(), bar:
+        for turn in range(REPEATS + 1):
+            for number, pattern in enumerate(patterns):
+                with patched(base, pattern, backend=backend):
+                    if measure == "prefill" or caches[number] is None:
+                        caches[number] = cache = empty_cache(base) if is_decoder else None
+                        took = _seconds(base, ids, cache)
+                        if measure == "prefill":
+                            caches[number] = None
+                    if measure == "decode":
+                        steps = [_seconds(base, ids[:, :1], caches[number]) for _ in range(STEPS)]
+                        took = statistics.median(steps)
+                if turn:  # in the first, plans are made and kernels chosen
+                    found[number].append(took)
+                bar.update()
+    return [statistics.median(times) for times in found]
+
+
+def _seconds(base: Any, ids: Tensor, cache: Any) -> float:
+    decoding = {} if cache is None else {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    start = time.perf_counter()
+    base(input_ids=ids, **decoding)
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
+    return time.perf_counter() - start
