@@ -62,7 +62,7 @@ def test_an_evaluation_goes_on_and_another_one_is_refused(command, tmp_path, cap
     assert len(again) == len(rows) and set(kept[:4]) <= set(again)  # measured rows are kept, timing included
 
     assert main(["eval", *map(str, command), "--mode", "rolling", "--output", str(tmp_path / "cut")]) == 2
-    assert 'holds another evaluation (mode: "full", now "rolling"' in capsys.readouterr().err
+    assert 'holds other figures (mode: "full", now "rolling"' in capsys.readouterr().err
     assert (tmp_path / "cut" / "per_document.jsonl").read_bytes().splitlines(keepends=True) == again
     evaluate(capsys, *command, "--mode", "rolling", "--output", tmp_path / "cut", "--overwrite")
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["config"]["mode"] == "rolling"

@@ -200,6 +200,7 @@ def test_a_config_file_of_lm_eval(task, tiny_model_folder, tmp_path, capsys):
         (("--pattern", "longformr"), "", "Did you mean 'longformer'"),
         (("--pattern", "strided", "--pattern", "full"), "", "lm-eval runs one pattern, got 2 of --pattern"),
         (("--pattern", "strided", "--window", "8"), "", "strided has no option --window"),
+        (("--pattern", "HEADS"), "", r"the pattern file .*heads\.json was made for 3 query heads, and Llama"),
         (
             ("--pattern", "strided"),
             ",pattern=full",
@@ -212,10 +213,10 @@ def test_a_config_file_of_lm_eval(task, tiny_model_folder, tmp_path, capsys):
         (("--pattern", "strided", "--output_path", "FILE"), "", "--output_path .* is a file; name a folder"),
     ],
 )
-def test_mistakes_are_one_sentence(arguments, model_args, message, lm_eval_run, task):
-    status, out, err = lm_eval_run(
-        *(task if word == "FILE" else word for word in arguments), model_args=model_args
-    )
+def test_mistakes_are_one_sentence(arguments, model_args, message, lm_eval_run, task, tmp_path):
+    heads = hf_sparse.save_pattern(hf_sparse.PerHead((hf_sparse.Full(),) * 3), tmp_path / "heads.json")
+    files = {"FILE": task, "HEADS": str(heads)}
+    status, out, err = lm_eval_run(*(files.get(word, word) for word in arguments), model_args=model_args)
     assert status == 2
     line = err.splitlines()[-1]
     assert line.startswith("hf-sparse: error: ") and re.search(message, line), line

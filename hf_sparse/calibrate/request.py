@@ -14,11 +14,12 @@ from ..patterns.algebra import PerHead, PerLayer
 from ..patterns.full import Full
 from ..patterns.layered import Layered
 from ..patterns.probe import check_predicate
-from ..patterns.sliding_window import SlidingWindow
+from ..patterns.streaming_llm import StreamingLLM
 from .costs import Costs
 from .scores import Score, score_class
 
-WINDOWS = (32, 128, 512)  # tokens
+KEYS = (32, 128, 512)  # tokens that a query sees, SINKS of them at the beginning
+SINKS = 4
 STAGES = 4  # budgets from the cheapest choice to the one asked for; at each the score is taken anew
 BEYOND = 3  # and from that to dense
 
@@ -78,8 +79,8 @@ class Search:
 
 
 def default_candidates(length: int) -> tuple[Pattern, ...]:
-    """Return the windows that are worth a try on texts of `length` tokens."""
-    return tuple(SlidingWindow(window) for window in WINDOWS if 2 * window <= length)
+    """Return what is worth a try on `length` tokens: windows, and the first tokens, on which many heads rest."""
+    return tuple(StreamingLLM(SINKS, keys - SINKS) for keys in KEYS if 2 * keys <= length)
 
 
 def candidates_of(base: Any, given: Sequence[str | Pattern], length: int) -> tuple[Pattern, ...]:

@@ -86,8 +86,8 @@ def calibrate(
         model: a causal language model, an encoder with a masked-token head, or a PeftModel of either.
         texts: documents, or strings; windows are cut from them, each of one document. They should be like those the
             model will be used on, and not those it will be measured on.
-        candidates: what a unit may run besides dense attention, patterns or their names; default windows of 32, 128 and
-            512 tokens, as far as these are at most half of `length`.
+        candidates: what a unit may run besides dense attention, patterns or their names; default 4 sinks and a window,
+            together 32, 128 and 512 tokens, as far as these are at most half of `length`.
         budget: share of what the dense model costs that the choice may cost.
         unit: "head", "kv_head" (with the query heads that share it) or "layer".
         tokenizer: None loads the one saved with the model.

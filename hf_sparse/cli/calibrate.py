@@ -16,7 +16,7 @@ from ..backends import BACKENDS, check_backend
 from ..calibrate import SCORES
 from ..calibrate.costs import MEASURES
 from ..calibrate.objective import KINDS as OBJECTIVES
-from ..calibrate.request import BEYOND, STAGES, WINDOWS, Search, check_share
+from ..calibrate.request import BEYOND, KEYS, SINKS, STAGES, Search, check_share
 from ..calibrate.run import SAMPLES
 from ..calibrate.scores.base import score_class
 from ..calibrate.units import KINDS as UNITS
@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         help="what a unit may run besides dense attention, may be repeated: NAME, NAME:OPTION=VALUE,... such as "
         "streaming_llm:window=128,sinks=4, a union of these in quotes, or a JSON file "
-        f"(default: sliding windows of {', '.join(map(str, WINDOWS))} tokens, up to half of --length)",
+        f"(default: streaming_llm with {SINKS} sinks and windows of "
+        f"{', '.join(str(keys - SINKS) for keys in KEYS)}, up to half of --length)",
     )
     parser.add_argument(
         "--budget",

@@ -131,7 +131,8 @@ def _put_pattern(model_args: dict[str, Any], pattern: Any) -> None:
             f"--model_args has pattern={model_args['pattern']}, and there is --pattern {pattern} besides; leave one out"
         )
     chosen = pattern if isinstance(pattern, SparseSettings) else SparseSettings(pattern)
-    model_args["pattern"] = settings_to_json(chosen)  # what lm_eval writes into its results
+    # What lm_eval writes into its results; beside the path of a file, the proof in them says what it held.
+    model_args["pattern"] = chosen.source or settings_to_json(chosen)
 
 
 def _proof_text(model: SparseHFLM) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -156,6 +157,7 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[list
     """Let `module` run `forward` inside the block; gives the list of what it returned."""
     returned: list[Any] = []
 
+    @functools.wraps(module.forward)  # hooks look up in the signature what was passed by place (GPT-2's ids)
     def replaced(*args: Any, **kwargs: Any) -> Any:
         returned.append(forward(*args, **kwargs))
         return returned[-1]

@@ -21,6 +21,7 @@ from .output_folder import check_output_folder, write_atomically
 from .processes import Processes
 
 IDENTITY = "evaluation.json"
+_LONGEST = 60  # characters of a value in a message
 
 Row = dict[str, Any]
 
@@ -140,8 +141,7 @@ class Journal:
         path = self._folder / IDENTITY
         if not path.exists() or path.read_bytes() != self._identity:
             raise ValueError(
-                f"another evaluation was begun in {self._folder} while this one ran; name another folder for one of "
-                "them."
+                f"something else was begun in {self._folder} while this ran; name another folder for one of them."
             )
 
     def _matches(self, identity: dict[str, Any], overwrite: bool) -> bool:
@@ -164,7 +164,7 @@ class Journal:
         if overwrite:
             return False
         raise ValueError(
-            f"{self._folder} holds another evaluation ({_differences(found, identity)}); "
+            f"{self._folder} holds other figures ({_differences(found, identity)}); "
             "name another folder, or overwrite it (--overwrite)."
         )
 
@@ -174,13 +174,19 @@ def _differences(found: Any, wanted: dict[str, Any]) -> str:
     if not isinstance(found, dict):
         return f"its {IDENTITY} cannot be read"
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    shown = [f"{key}: {_short(found.get(key))}, now {_short(wanted.get(key))}" for key in keys[:3]]
+    shown = []
+    for key in keys[:3]:
+        before, now = json.dumps(found.get(key)), json.dumps(wanted.get(key))
+        same = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), 0)
+        shown.append(f"{key}: {_short(before, same)}, now {_short(now, same)}")
     return "; ".join(shown) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _short(text: str, same: int = 0) -> str:
+    """Return a text that is cut if it is long, without most of its first `same` characters, which tell nothing."""
+    if len(text) > _LONGEST and same > _LONGEST // 2:
+        text = "..." + text[same - _LONGEST // 3 :]
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def _check_finite(row: Row) -> None:
@@ -189,7 +195,7 @@ def _check_finite(row: Row) -> None:
         try:
             json.dumps(value, allow_nan=False)
         except ValueError:
-            place = _short(dict(list(row.items())[:3]))
+            place = _short(json.dumps(dict(list(row.items())[:3])))
             raise ValueError(
                 f"{key} of {place} is not finite, so the model gave no usable figure there; "
                 "try another dtype or backend."

@@ -144,13 +144,7 @@ class SparseHFLM(HFLM):
         if saved:
             patch_as_saved(self._model, chosen, where)
         else:
-            patch_model(
-                self._model,
-                chosen.pattern,
-                layers=chosen.layers,
-                backend=chosen.backend,
-                seq_len=self.max_length,
-            )
+            patch_model(self._model, chosen, seq_len=self.max_length)
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         counted = self.counted

@@ -22,7 +22,7 @@ from .mask import SparseMask, running_forwards
 from .ragged import attend_parts
 from .rotary import Rotation
 from .stored_settings import PREFIX, pattern_of_layer, settings_for
-from .weights import attention_weights, refuse_weights_of_parts, weights_wanted
+from .weights import attention_weights, weights_of_parts, weights_wanted
 
 _COMPUTE = "_hf_sparse_compute"  # what a module's attention is computed by, in place of `attend`
 GLOBALS = "global_attention_mask"
@@ -131,7 +131,7 @@ def sparse_attention(
     if not weights_wanted(output_attentions):
         return out, None
     if parts is not None:
-        refuse_weights_of_parts()
+        return out, weights_of_parts(query, parts, call, mask.segments)
     return out, attention_weights(query, key, call, segments, slots, far)
 
 

@@ -42,5 +42,5 @@ def head_size(config: Any, layer: int) -> int:
 
 def _of_layer(config: Any, layer: int) -> Any:
     """Return a layer's own config, where they differ (Gemma 4)."""
-    own = getattr(config, "per_layer_config", None)
-    return config if own is None else own[layer]
+    # Where no layer differs there may be more layers than it lists: of BART's it takes the encoder's number.
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config

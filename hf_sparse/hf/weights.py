@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..backends import Call
 from ..backends.reference import reference_attention
 from ..plan import Segments
 from .global_projections import projecting
+from .ragged_layer import HeldHeads
 
 LONGEST_WEIGHTS = 2048  # keys up to which output_attentions=True is answered: the weights are quadratic
 
@@ -49,9 +50,33 @@ def attention_weights(
     return torch.nn.functional.pad(weights, (0, buffer - k_len))
 
 
-def refuse_weights_of_parts() -> NoReturn:
-    """Raise ValueError: key heads of a layer hold different lengths, so that no tensor holds all their weights."""
-    raise ValueError(
-        "output_attentions=True asks for weights of all heads over the same keys, but the cache holds more keys of "
-        "some than of others; pass past_key_values=DynamicCache(), or use_cache=False"
-    )
+def weights_of_parts(query: Tensor, parts: Sequence[HeldHeads], call: Call, tokens: Segments) -> Tensor:
+    """Return the attention weights [B, H, Q, K] of all K `tokens` seen, 0 for those that a part no longer holds.
+
+    Args:
+        query: [B, H, Q, D], whose key heads lie in `parts`.
+        tokens: one sequence per row, from its first token on.
+    """
+    kv_heads = sum(part.key.shape[1] for part in parts)
+    groups = query.unflatten(1, (kv_heads, -1))  # [B, H_kv, G, Q, D]
+    out = query.new_zeros((*groups.shape[:-1], tokens.k_len))
+    for part in parts:
+        own = replace(call, pattern=part.pattern)
+        held = attention_weights(
+            groups[:, part.at].flatten(1, 2), part.key, own, part.segments, part.key.shape[2], None
+        )
+        held = held.unflatten(1, (part.key.shape[1], -1))
+        places = _places(part.segments, tokens).to(query.device)[:, None, None, None].expand(held.shape)
+        out[:, part.at] = out[:, part.at].scatter_add(-1, places, held)
+    return out.flatten(1, 2)
+
+
+def _places(held: Segments, tokens: Segments) -> Tensor:
+    """Return which of `tokens` is in each slot of `held`, int64 [B, K]; 0 for padding."""
+    places = torch.zeros(held.batch, held.k_len, dtype=torch.long)
+    for part in held.entries:
+        for whole in tokens.entries:
+            rows = slice(max(part.rows.start, whole.rows.start), min(part.rows.stop, whole.rows.stop))
+            if rows.start < rows.stop:
+                places[rows, part.slots] = torch.arange(tokens.k_len)[whole.slots][part.positions]
+    return places

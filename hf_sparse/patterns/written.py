@@ -55,13 +55,13 @@ def pattern_from_json(saved: Any) -> Pattern:
             return PerLayer(_list_from_json(saved, value, "layers"))
     if not isinstance(saved, dict) or "name" not in saved or not saved.keys() <= {"name", "options"}:
         raise ValueError(
-            f"a saved pattern must be {{name, options}}, {{union}}, {{per_head}} or {{per_layer}}, got {saved!r}; "
-            f"write it with hf_sparse.patterns.pattern_to_json, or patch the model again"
+            f"a saved pattern must be {{name, options}}, {{union}}, {{per_head}} or {{per_layer}}, got "
+            f"{_short(saved)}; write it with hf_sparse.patterns.pattern_to_json, or patch the model again"
         )
     options = {} if saved.get("options") is None else saved["options"]
     if not isinstance(options, dict):
         raise ValueError(
-            f"the options of the saved pattern {saved['name']!r} must be a dict, got {options!r}; "
+            f"the options of the saved pattern {saved['name']!r} must be a dict, got {_short(options)}; "
             f'write them as {{"window": 128}}, or patch the model again'
         )
     return get_pattern(saved["name"], **{name: _frozen(value) for name, value in options.items()})
@@ -73,7 +73,7 @@ def as_pattern(option: str, value: Any) -> Pattern:
         return get_pattern(value)
     if isinstance(value, Mapping):
         return pattern_from_json(dict(value))
-    raise ValueError(f"{option} must hold patterns or their names, got {value!r}")
+    raise ValueError(f"{option} must hold patterns or their names, got {_short(value)}")
 
 
 def read_json_file(path: str) -> Any:
@@ -114,9 +114,15 @@ def _list_from_json(saved: dict[str, Any], value: Any, per: str) -> tuple[Patter
                 return tuple(patterns[number] for number in numbers)
     raise ValueError(
         f"a saved pattern per head or layer must be a list of patterns, or {{patterns, {per}}} with numbers into that "
-        f"list, got {saved!r}; write one pattern for each, or patch the "
+        f"list, got {_short(saved)}; write one pattern for each, or patch the "
         f"model again"
     )
+
+
+def _short(value: Any) -> str:
+    """Return how a value is written, cut where that is long: files of something else are."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _frozen(value: Any) -> Any:

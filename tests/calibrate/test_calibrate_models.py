@@ -83,7 +83,7 @@ def test_figures_of_another_adapter_are_not_taken(tmp_path):
     options = {"output": tmp_path, "score": "layer_output"}
     calibrated(adapted, **options)
     adapted.set_adapter("other")
-    with pytest.raises(ValueError, match=r'holds another evaluation \(adapter: "default", now "other"\)'):
+    with pytest.raises(ValueError, match=r'holds other figures \(adapter: "default", now "other"\)'):
         calibrated(adapted, **options)
 
 

@@ -129,6 +129,14 @@ def test_what_else_does_not_fit_names_the_file(tiny_model, tmp_path):
         patch_model(tiny_model, tmp_path / "none.json")
 
 
+def test_the_message_of_a_file_of_something_else_is_short(tiny_model, tmp_path):
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({"format": 1, "gains": [[0.5] * 100] * 100}))
+    with pytest.raises(ValueError, match=r"calibration\.json holds no usable pattern") as caught:
+        hf_sparse.patch_model(tiny_model, path)
+    assert len(str(caught.value)) < 500 + len(str(path))
+
+
 def test_perplexity_of_a_file_is_that_of_its_pattern(tiny_model, tiny_tokenizer, file):
     documents = [Document("a", "import os\n" * 30)]
     found = [

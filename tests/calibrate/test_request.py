@@ -20,7 +20,7 @@ from hf_sparse import (
     StreamingLLM,
     calibrate,
 )
-from hf_sparse.calibrate.request import Search
+from hf_sparse.calibrate.request import Search, default_candidates
 from hf_sparse.calibrate.scores import Ablation, AttentionMass
 
 from .test_calibrate_models import encoder_tokenizer
@@ -235,3 +235,11 @@ def test_drawn_blocks_may_be_candidates():
         tiny("llama"), texts(), [blocks], 0.9, tokenizer=tokenizer(), length=LENGTH, samples=1, objective="kl"
     )
     assert np.isfinite(result.gains).all() and result.chosen.cost <= 0.9
+
+
+def test_default_candidates_keep_sinks_and_leave_at_least_half_out():
+    assert [str(one) for one in default_candidates(2048)] == [
+        f"streaming_llm(sinks=4, window={window})" for window in (28, 124, 508)
+    ]
+    assert len(default_candidates(1023)) == 2
+    assert default_candidates(63) == ()

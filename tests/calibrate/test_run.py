@@ -181,12 +181,12 @@ def test_a_folder_of_another_calibration_is_refused(tmp_path):
     calibrated(output=tmp_path, candidates=[GlobalTokens(places) | WINDOW], budget=0.9, score="head_output")
     other = (*places[:6], 13, *places[7:])
     assert str(GlobalTokens(places)) == str(GlobalTokens(other)), "their names cut long lists"
-    with pytest.raises(ValueError, match=r"holds another evaluation \(candidates: "):
+    with pytest.raises(ValueError, match=r"holds other figures \(candidates: "):
         calibrated(
             output=tmp_path, candidates=[GlobalTokens(other) | WINDOW], budget=0.9, score="head_output"
         )
     calibrated(output=tmp_path, candidates=[WINDOW], overwrite=True, score="head_output")
-    with pytest.raises(ValueError, match="holds another evaluation"):
+    with pytest.raises(ValueError, match="holds other figures"):
         calibrated(output=tmp_path, candidates=[WINDOW], score="head_output", samples=3)
 
 

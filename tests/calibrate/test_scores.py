@@ -162,6 +162,11 @@ def test_scores_are_known_by_name():
         register_score("ablation")(Score)
 
 
+def test_a_score_is_called_by_its_name_and_by_options_that_are_not_the_default():
+    assert str(GateGradient()) == "gate_gradient" and str(Ablation()) == "ablation"
+    assert str(LearnedGates(steps=2, rate=0.1)) == "learned_gates(steps=2)"
+
+
 def test_a_score_of_ones_own_must_say_how():
     with pytest.raises(NotImplementedError, match=r"Score must define passes\(shape\)"):
         Score().passes((1, 1, 2))

@@ -92,7 +92,7 @@ def test_another_evaluation_is_refused_and_says_what_differs(tmp_path):
     with pytest.raises(ValueError) as caught:
         begin(tmp_path, other)
     message = str(caught.value)
-    assert f"{tmp_path} holds another evaluation (max_length: 64, now 128; backend: null, now " in message
+    assert f"{tmp_path} holds other figures (max_length: 64, now 128; backend: null, now " in message
     assert "--overwrite" in message and "\n" not in message and len(message) < 300 + len(str(tmp_path))
     with pytest.raises(ValueError, match="and 1 more"):
         begin(tmp_path, {**other, "seed": 1, "model": "other"})
@@ -100,6 +100,14 @@ def test_another_evaluation_is_refused_and_says_what_differs(tmp_path):
     anew = begin(tmp_path, other, overwrite=True)
     assert anew.rows == [] and content(tmp_path) == [IDENTITY]
     assert json.loads((tmp_path / IDENTITY).read_text()) == other
+
+
+def test_of_long_values_the_place_where_they_differ_is_shown(tmp_path):
+    begin(tmp_path, {"list": [*["the same"] * 20, 64, *["and on"] * 20]})
+    with pytest.raises(ValueError) as caught:
+        begin(tmp_path, {"list": [*["the same"] * 20, 32, *["and on"] * 20]})
+    before, now = str(caught.value).split("list: ...")[1].split(", now ...")
+    assert ' 64, "and on"' in before and ' 32, "and on"' in now and len(now) < 140
 
 
 def test_overwriting_goes_on_where_the_evaluation_is_the_same(tmp_path):
@@ -226,9 +234,7 @@ def test_a_run_whose_folder_another_evaluation_took_ends_at_its_next_row(tmp_pat
     other = {**WHAT, "seed": 1}
     new = begin(tmp_path, other, overwrite=True)
     for end in (lambda: old.append([ROWS[1]]), lambda: old.finish(place)):
-        with pytest.raises(
-            ValueError, match=f"another evaluation was begun in {tmp_path} while this one ran"
-        ):
+        with pytest.raises(ValueError, match=f"something else was begun in {tmp_path} while this ran"):
             end()
     new.append([ROWS[3]])
     assert begin(tmp_path, other).rows == [ROWS[3]]

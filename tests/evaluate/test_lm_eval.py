@@ -296,6 +296,7 @@ def test_dense_figures_are_refused(tiny_model, tiny_tokenizer, rolling_task):
             r"cannot be loaded with these arguments \(.*windw.*check the names",
         ),
         ({"pattern": {"name": "longformr"}}, "longformr"),
+        ({"pattern": "FILE"}, "the pattern file .*three_heads.json was made for 3 query heads, and Llama"),
         ({"pattern": "longformer", "sparse_backend": "fast"}, "backend"),
         (
             {"pattern": "strided", "attn_implementation": "sparse_longformer"},
@@ -313,8 +314,9 @@ def test_dense_figures_are_refused(tiny_model, tiny_tokenizer, rolling_task):
         ),
     ],
 )
-def test_mistakes(arguments, message, tiny_model_folder, adapter_folder):
-    places = {"MODEL": str(tiny_model_folder), "ADAPTER": str(adapter_folder)}
+def test_mistakes(arguments, message, tiny_model_folder, adapter_folder, tmp_path):
+    file = hf_sparse.save_pattern(hf_sparse.PerHead((hf_sparse.Full(),) * 3), tmp_path / "three_heads.json")
+    places = {"MODEL": str(tiny_model_folder), "ADAPTER": str(adapter_folder), "FILE": str(file)}
     known = {
         name: places.get(value, value) if isinstance(value, str) else value
         for name, value in arguments.items()

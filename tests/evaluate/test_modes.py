@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_sparse
 from hf_sparse.documents import Document
@@ -281,3 +282,25 @@ def test_shortened_windows_may_go_without_bos(tiny_model, tiny_tokenizer):
         expected = sum(nats_after(tiny_model, [first, *ids[-39:-1]], ids[-10:]))
         assert run.context_nats[0, 0] == pytest.approx(expected, rel=1e-5)
     assert abs(with_bos.context_nats - without.context_nats).min() > 1e-3
+
+
+def test_a_model_that_passes_ids_by_place_is_read_with_a_cache(tiny_tokenizer):
+    """GPT-2 hands its body the ids without a keyword; its prompt fills a cache, and so do chunks of it."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tiny_tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    whole, parts = (
+        perplexity(model, tiny_tokenizer, TEXTS[:2], max_length=100, patterns=PATTERNS, prefill_chunk=chunk)
+        for chunk in (None, 33)
+    )
+    for a, b in zip(whole.runs, parts.runs, strict=True):
+        assert b.nats == pytest.approx(a.nats, rel=1e-6)
+        assert a.served is not None and a.served.kv_bytes

@@ -300,11 +300,27 @@ def test_a_latent_cache_keeps_the_heads_together():
     assert kv_bytes(hf_sparse.hf.settings(model), model.config, 40, dtype_bytes=4) == cache.nbytes
 
 
-def test_weights_are_refused():
-    model, ids = patched(ONE_DENSE), tokens(1, 20)
-    model(ids, output_attentions=True, use_cache=False)
-    with pytest.raises(ValueError, match="weights of all heads over the same keys"):
-        model(ids, output_attentions=True, past_key_values=hf_sparse.make_cache(model))
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [(ONE_DENSE, "gqa"), (THREE, "gemma3"), (PATTERNS[2], "gpt2")],
+    ids=["one-dense", "three", "per-layer"],
+)
+def test_weights_are_those_of_no_cache_with_zeros_for_what_was_dropped(pattern, name, small_slack):
+    model, rows = patched(pattern, name), left_padded((0, 9, 3), 26)
+    ids, mask = rows["input_ids"], rows["attention_mask"]
+    whole = model(ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
+    real = (mask == 1)[:, None, :, None]
+    cache, begin = hf_sparse.make_cache(model), 0
+    for length in (15, 1, 4, 1, 5):
+        end = begin + length
+        out = model(
+            ids[:, begin:end], attention_mask=mask[:, :end], output_attentions=True, past_key_values=cache
+        )
+        for got, want in zip(out.attentions, whole, strict=True):
+            want = want[:, :, begin:end, :end] * real[:, :, begin:end]
+            torch.testing.assert_close(got * real[:, :, begin:end], want, **CLOSE)
+        begin = end
+    assert any(len({part.layer.keys.shape[2] for part in layer.parts}) > 1 for layer in ragged(cache))
 
 
 def test_attention_computed_by_something_else_is_refused():

@@ -5,15 +5,17 @@ import torch
 from encoder_decoder_models import (
     CLOSE,
     PATTERNS,
+    SIZES,
     N,
     both_inputs,
     logits,
+    randomized,
     tiny_pair,
 )
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import BartConfig, BartForConditionalGeneration, DynamicCache, EncoderDecoderCache
 
 import hf_sparse
-from hf_sparse import SlidingWindow, StreamingLLM
+from hf_sparse import Full, PerHead, SlidingWindow, StreamingLLM
 from hf_sparse.hf.decoder_cache import SparseDecoderCache
 
 GREEDY = {"do_sample": False, "max_new_tokens": 14}
@@ -46,6 +48,18 @@ def test_every_cache_generates_the_tokens_of_no_cache(name, pattern):
     assert own.get_seq_length() == expected.shape[1] - 1
     beams = {"num_beams": 3, "num_return_sequences": 2, **GREEDY}
     assert torch.equal(model.generate(**source, **beams), model.generate(**source, use_cache=False, **beams))
+
+
+@pytest.mark.parametrize("pattern", [SlidingWindow(4), PerHead((Full(),) + (SlidingWindow(4),) * 3)], ids=str)
+@pytest.mark.parametrize("encoder_layers", [1, 5])
+def test_a_decoder_may_have_more_layers_than_its_encoder_or_fewer(encoder_layers, pattern):
+    config = BartConfig(**SIZES | {"encoder_layers": encoder_layers, "decoder_layers": 3})
+    model = hf_sparse.patch_model(randomized(BartForConditionalGeneration(config)), pattern)
+    source = {key: value for key, value in both_inputs().items() if key != "decoder_input_ids"}
+    out = model.generate(**source, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(out.sequences, model.generate(**source, use_cache=False, **GREEDY))
+    assert len(out.past_key_values.self_attention_cache.layers) == 3
+    assert "3 of 3 sparse" in hf_sparse.describe(model)
 
 
 @pytest.mark.parametrize("name", ["bart", "marian"])

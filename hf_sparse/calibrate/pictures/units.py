@@ -39,9 +39,8 @@ def units(figures: dict[str, Any]) -> bytes:
     image = panels[0].imshow(gains.clip(0), cmap="Blues", norm=_scaled(gains), aspect="auto")
     bar = figure.colorbar(image, ax=panels[0])
     bar.ax.tick_params(labelsize=7)
-    panels[0].set_title(
-        f"gain of dense over the cheapest ({figures['config']['score'].split('(')[0]})", fontsize=9
-    )
+    score = short(figures["config"]["score"])
+    panels[0].set_title(f"gain of dense over the cheapest\n{score}", fontsize=9)
     if _is_readable(choice):
         _write(panels[0], gains, choice, marks)
     _draw_choice(figure, panels[1], choice, names, marks, cheapest)

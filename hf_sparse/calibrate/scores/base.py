@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, TypeVar
 
 import numpy as np
@@ -26,6 +26,12 @@ class Score:
 
     name: ClassVar[str] = ""
     sees_choice: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        """Return the name, with the options that are not at their default."""
+        values = ((field, getattr(self, field.name)) for field in fields(self))
+        options = [f"{field.name}={value!r}" for field, value in values if value != field.default]
+        return f"{self.name}({', '.join(options)})" if options else self.name
 
     def passes(self, shape: tuple[int, int, int]) -> float:
         """Return the forward passes per window of one estimate for [L, U, C]; a backward pass counts as 2."""
