@@ -118,12 +118,12 @@ def _parts(record: dict[str, Any], pictures: Sequence[str]) -> Iterable[str]:
         ("budget", "tokens", "bytes: predicted", "measured", "decode time: predicted", "measured", "closed"),
         [
             (
-                f"{row['of']} <= {row['budget']}",
+                f"kv_bytes <= {row['budget']}",
                 f"{row['tokens']:,}",
-                "" if row["bytes_predicted"] is None else f"{row['bytes_predicted']:.3f}",
-                f"{row['bytes'][1] / row['bytes'][0]:.3f}",
+                f"{row['bytes_predicted']:.3f}",
+                f"{row['bytes']:.3f}",
                 f"{row['seconds_predicted']:.3f}",
-                f"{row['seconds'][1] / row['seconds'][0]:.3f}",
+                f"{row['seconds']:.3f}",
                 f"{row['closed']:.1%}",
             )
             for row in record["serving"]

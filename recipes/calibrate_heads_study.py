@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse import Pattern, SlidingWindow, StreamingLLM, make_cache, patched
 from hf_sparse.calibrate import SCORES, Calibration, calibrate
+from hf_sparse.calibrate.costs import density_costs
 from hf_sparse.calibrate.scores import GateGradient
-from hf_sparse.calibrate.timing import measure_seconds
+from hf_sparse.calibrate.timing import costs_of, measure_seconds, timed_choices
 from hf_sparse.documents import Document, standard_library
 from hf_sparse.evaluate.bootstrap import Interval
 from hf_sparse.evaluate.output_folder import write_atomically
@@ -27,6 +28,7 @@ LENGTH, WINDOW = 2048, 128
 FEW = 4  # windows on which all scores and the exact search are held against each other
 ONE_WINDOW = (SlidingWindow(WINDOW),)
 WINDOWS = (SlidingWindow(32), SlidingWindow(128), SlidingWindow(512))
+SERVED = (0.25, 0.4, 0.6)  # budgets of bytes
 COPIES = 8  # of the copy probe at each distance
 PARTS = ("choice", "scores", "stages", "agreement", "copy", "serving", "test", "default")
 
@@ -152,7 +154,7 @@ class Study:
         names = ["dense", f"window {WINDOW}", *self.part("choice")]
         return {
             name: {
-                str(cell.distance): float(
+                str(cell.place): float(
                     run.right[i * COPIES : (i + 1) * COPIES].sum()
                     / run.answered[i * COPIES : (i + 1) * COPIES].sum()
                 )
@@ -162,33 +164,38 @@ class Study:
         }
 
     def serving(self) -> list[dict[str, Any]]:
-        """Bytes held and seconds per decoded token, predicted and measured, of choices by key-value head."""
-        tokens = min(8192, self.model.config.max_position_embeddings - 64)
-        dense, found = SlidingWindow(10**6), []
-        for of in ("kv_bytes", "decode"):
-            for budget in (0.25, 0.5) if of == "kv_bytes" else (0.6,):
-                result = self.calibrated(f"served {of}", unit="kv_head", of=of, tokens=tokens, budget=budget)
-                patterns = [dense, result.pattern]
-                seconds = measure_seconds(self.model, patterns, tokens, "decode", "auto")
-                timed = self.calibrated(
-                    "served decode", unit="kv_head", of="decode", tokens=tokens, budget=1.0
-                ).costs
-                found.append(
-                    {
-                        "of": of,
-                        "budget": budget,
-                        "tokens": tokens,
-                        "bytes": [self._held(pattern, tokens) for pattern in patterns],
-                        "bytes_predicted": result.costs.of(result.chosen.choice)
-                        if of == "kv_bytes"
-                        else None,
-                        "seconds": seconds,
-                        "seconds_predicted": timed.of(result.chosen.choice),
-                        "closed": result.closed(result.chosen),
-                        "density": result.chosen.density,
-                    }
-                )
-        return found
+        """Bytes held and seconds per decoded token, predicted and measured, of choices by key-value head.
+
+        The choices take turns with what the prediction is made from: readings of different minutes differ.
+        """
+        tokens = min(8192, self.model.config.max_position_embeddings - 128)
+        results = [
+            self.calibrated("served", unit="kv_head", of="kv_bytes", tokens=tokens, budget=budget)
+            for budget in SERVED
+        ]
+        units, candidates = results[0].units, results[0].candidates
+        choices = timed_choices(units, len(candidates))
+        patterns = [units.pattern(choice, candidates) for choice in choices]
+        seconds = measure_seconds(
+            self.model, [*patterns, *(result.pattern for result in results)], tokens, "decode", "auto"
+        )
+        pairs = density_costs(self.model, units, candidates, tokens).shares
+        timed = costs_of("decode", tokens, pairs, choices, seconds[: len(choices)])
+        held = [self._held(pattern, tokens) for pattern in (patterns[0], *(r.pattern for r in results))]
+        return [
+            {
+                "budget": result.budget,
+                "tokens": tokens,
+                "bytes_predicted": result.costs.of(result.chosen.choice),
+                "bytes": own / held[0],
+                "seconds_predicted": timed.of(result.chosen.choice),
+                "seconds": took / seconds[0],
+                "dense_seconds": seconds[0],
+                "closed": result.closed(result.chosen),
+                "density": result.chosen.density,
+            }
+            for result, own, took in zip(results, held[1:], seconds[len(choices) :], strict=True)
+        ]
 
     @torch.inference_mode()
     def _held(self, pattern: Pattern, tokens: int) -> int:

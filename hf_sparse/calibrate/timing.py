@@ -61,32 +61,47 @@ def time_costs(
     on it and the others dense. Between these, time is taken to grow with the pairs that a unit computes, and a layer
     whose units differ to cost the extra of the halves. What the model does besides attention is part of every choice.
     """
-    numbers = range(len(candidates))
-    halves = units.count // 2
-    choices = [np.full(units.shape, number) for number in numbers]
-    for number in numbers:
-        if number != DENSE and halves:
-            split = np.full(units.shape, number)
-            split[:, :halves] = DENSE
-            choices.append(split)
+    choices = timed_choices(units, len(candidates))
     seconds = measure_seconds(
         model, [units.pattern(choice, candidates) for choice in choices], tokens, measure, backend, progress
     )
-    pure, split_seconds = np.array(seconds[: len(candidates)]), seconds[len(candidates) :]
     pairs = density_costs(base_of(model), units, candidates, tokens).shares
-    dense = pure[DENSE]
+    return costs_of(measure, tokens, pairs, choices, seconds)
+
+
+def timed_choices(units: Units, candidates: int) -> list[np.ndarray]:
+    """Return the choices [L, U] that are timed: every candidate alone, then each but dense with half of it dense."""
+    choices = [np.full(units.shape, number) for number in range(candidates)]
+    for number in range(candidates):
+        if number != DENSE and units.count > 1:
+            split = np.full(units.shape, number)
+            for layer in range(
+                len(split)
+            ):  # other halves in each, as in a choice: layers that differ share no plans
+                split[layer, (np.arange(units.count // 2) + layer) % units.count] = DENSE
+            choices.append(split)
+    return choices
+
+
+def costs_of(
+    measure: str, tokens: int, pairs: np.ndarray, choices: Sequence[np.ndarray], seconds: Sequence[float]
+) -> Costs:
+    """Return the costs of which the timed choices took these seconds.
+
+    pairs: float [L, U, C], shares of the dense model's pairs, by which saved time is divided among units.
+    """
+    candidates = pairs.shape[2]
     shares = np.full(pairs.shape, 1 / pairs[..., DENSE].size)
-    for number in numbers:
+    for number in range(candidates):
         saved = pairs[..., DENSE] - pairs[..., number]
         if saved.sum() > 0:
-            shares[..., number] -= (1 - pure[number] / dense) * saved / saved.sum()
+            shares[..., number] -= (1 - seconds[number] / seconds[DENSE]) * saved / saved.sum()
     extra: list[float] = []
-    for split, value in zip(choices[len(candidates) :], split_seconds, strict=True):
+    for split, value in zip(choices[candidates:], seconds[candidates:], strict=True):
         predicted = np.take_along_axis(shares, split[..., None], -1).sum()
-        extra.append((value / dense - predicted) / len(units.layers))
-    return Costs(
-        measure, tokens, shares, float(dense), mixed=max(0.0, float(np.mean(extra))) if extra else 0.0
-    )
+        extra.append((value / seconds[DENSE] - predicted) / pairs.shape[0])
+    mixed = max(0.0, float(np.mean(extra))) if extra else 0.0
+    return Costs(measure, tokens, shares, float(seconds[DENSE]), mixed=mixed)
 
 
 def measure_seconds(
