@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ..evaluate.csv_files import as_csv
-from ..hf.atomic_file import write_atomically
+from ..evaluate.output_folder import write_folder
 from .result import Calibration
 from .table import points, titles, units_of_each
 
@@ -34,11 +34,8 @@ def save_calibration(
 
         files |= draw_pictures(figures)
     files[RESULT_FILE] = (json.dumps(figures, indent=1) + "\n").encode()  # last: where it is, all is
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    return [folder / name for name in (RESULT_FILE, *(name for name in files if name != RESULT_FILE))]
+    *others, result_file = write_folder(Path(folder), files)
+    return [result_file, *others]
 
 
 def frontier_csv(result: Calibration) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .values import read_value
 
@@ -21,9 +21,9 @@ def read_named(text: str, class_of: Callable[[str], type[T]]) -> T:
         ValueError: an unknown name or option, or a value that is none of the option.
     """
     name, options = split_options(text)
-    cls = class_of(name)
+    cls: Any = class_of(name)  # a dataclass, which types cannot say
     hints = typing.get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(cls)]
     values = {}
     for option, value in options.items():
         if option not in known:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..hf.atomic_file import write_atomically
 
-__all__ = ["check_output_folder", "write_atomically"]
+__all__ = ["check_output_folder", "write_atomically", "write_folder"]
 
 
 def check_output_folder(setting: str, wanted: str | os.PathLike[str]) -> None:
@@ -31,3 +32,11 @@ def check_output_folder(setting: str, wanted: str | os.PathLike[str]) -> None:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise ValueError(f"{setting} {name} cannot be written ({reason}); name another folder.") from None
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write every file whole or not at all, in order, and return their paths; the folder is made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]

@@ -11,7 +11,7 @@ from .csv_files import csv_files
 from .figures import as_json
 from .html_report import Section, html_report
 from .journal import IDENTITY
-from .output_folder import write_atomically
+from .output_folder import write_folder
 from .perplexity import ROWS_FILE
 from .pictures import draw_pictures
 from .results import Result
@@ -53,8 +53,5 @@ def save_results(
     if html:
         files[HTML_FILE] = html_report(result, drawn, command, sections).encode("utf-8", "replace")
     files[RESULTS_FILE] = (json.dumps(figures, indent=2) + "\n").encode()  # last: where it is, all is
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    return [folder / name for name in (RESULTS_FILE, *(name for name in files if name != RESULTS_FILE))]
+    *others, results_file = write_folder(Path(folder), files)
+    return [results_file, *others]

@@ -69,11 +69,12 @@ def settings_of(pattern: str | os.PathLike[str] | Pattern | SparseSettings, **op
     """
     if isinstance(pattern, SparseSettings):
         settings = pattern
-    elif is_pattern_file(pattern):
-        path = os.fspath(pattern)  # type: ignore[arg-type]
+    elif not isinstance(pattern, Pattern) and is_pattern_file(pattern):
+        path = os.fspath(pattern)
         settings = settings_in(read_stored(path), path)
     else:
-        return SparseSettings(get_pattern(pattern, **options))  # type: ignore[arg-type]
+        assert isinstance(pattern, (str, Pattern)), "any other path is that of a pattern file"
+        return SparseSettings(get_pattern(pattern, **options))
     if options:
         get_pattern(settings.pattern, **options)  # refuses them
     return settings

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_model, tiny, tokens
+from tiny_models import tiny, tokens
 
 import hf_sparse
 from hf_sparse import Full, SlidingWindow, patch_model
@@ -13,7 +13,7 @@ from hf_sparse.backends import attend
 from hf_sparse.calibrate import gated as gated_module
 from hf_sparse.calibrate.gated import _Mixture
 
-from .trials import CANDIDATES, gated, random_choice
+from .trials import CANDIDATES, gated, hybrid, random_choice
 
 NAMES = [
     "llama",
@@ -137,24 +137,7 @@ def test_candidates_run_on_the_backend_that_was_asked_for(backend):
 
 
 def test_low_precision_and_a_layer_without_attention():
-    kinds = ["linear_attention", "full_attention"]
-    options = {
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-    }
-    options |= {"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": kinds}
-    options |= {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
-    options |= {
-        "linear_value_head_dim": 8,
-        "num_experts": 0,
-        "num_experts_per_tok": 1,
-        "mlp_only_layers": [0, 1],
-    }
-    hybrid = random_model("Qwen3NextForCausalLM", options)
-    for model in (hybrid, tiny("llama").bfloat16()):
+    for model in (hybrid(2), tiny("llama").bfloat16()):
         own, copied = gated(model), copy.deepcopy(model)
         choice = random_choice(own)
         with own.choosing(choice):

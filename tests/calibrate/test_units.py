@@ -7,6 +7,8 @@ from tiny_models import random_model, tiny
 from hf_sparse import Full, PerHead, PerLayer, SlidingWindow
 from hf_sparse.calibrate.units import Units, units_of
 
+from .trials import hybrid
+
 A, B = Full(), SlidingWindow(3)
 
 
@@ -36,23 +38,7 @@ def test_a_choice_is_the_pattern_of_its_units():
 
 
 def test_only_layers_with_attention_have_units():
-    kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
-    options = {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 4,
-        "head_dim": 8,
-    }
-    options |= {"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": kinds}
-    options |= {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
-    options |= {
-        "linear_value_head_dim": 8,
-        "num_experts": 0,
-        "num_experts_per_tok": 1,
-        "mlp_only_layers": [0, 1, 2, 3],
-    }
-    units = units_of(random_model("Qwen3NextForCausalLM", options), "head")
+    units = units_of(hybrid(4), "head")
     assert (units.layers, units.of_layers, units.shape) == ((1, 3), 4, (2, 2))
     assert units.pattern(np.array([[0, 1], [1, 1]]), (A, B)) == PerLayer((A, PerHead((A, B)), A, B))
     assert units.name(1, 0) == "layer 3 head 0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tiny_models import tokens
+from tiny_models import random_model, tokens
 from tqdm import tqdm
 
 from hf_sparse import Full, SlidingWindow, StreamingLLM
@@ -56,3 +56,15 @@ def trial(model, kind="head", candidates=CANDIDATES, objective="loss", chunk=5, 
 def random_choice(made, seed=0):
     """Return an int array [L, U] in which candidates are mixed."""
     return np.random.default_rng(seed).integers(0, len(CANDIDATES), made.units.shape)
+
+
+def hybrid(layers):
+    """Return a model of which every other layer has attention, the last one included."""
+    kinds = ["linear_attention", "full_attention"] * (layers // 2)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": layers}
+    linear = dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), 2)
+    linear |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)
+    experts = {"num_experts": 0, "num_experts_per_tok": 1, "mlp_only_layers": list(range(layers))}
+    options = {**sizes, **heads, **linear, **experts, "layer_types": kinds}
+    return random_model("Qwen3NextForCausalLM", options)
