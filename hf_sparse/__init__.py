@@ -2,9 +2,12 @@
 
 from .backends import recording
 from .calibrate import calibrate  # the function: it stands where the subpackage of its name would
+from .evaluate.encode import encode
 from .hf import (
     describe,
+    extend_positions,
     load,
+    load_adapter,
     load_pattern,
     make_cache,
     patch_model,
@@ -75,8 +78,11 @@ __all__ = [
     "available_patterns",
     "calibrate",
     "describe",
+    "encode",
+    "extend_positions",
     "get_pattern",
     "load",
+    "load_adapter",
     "load_pattern",
     "load_plugin",
     "make_cache",

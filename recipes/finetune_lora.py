@@ -8,10 +8,11 @@ Settings come from the YAML file, then from ``--key value`` on the command line,
 hf_sparse.train.AdaptationArguments and of transformers.TrainingArguments; ``--help`` lists them all.
 
 What happens: the base model is loaded and patched with the pattern; LoRA goes to its attention, and its normalisation
-layers train along; the text is cut into samples of one length, each from one document; transformers' Trainer trains.
-Every checkpoint and the final adapter in OUTPUT_DIR/adapter carry the pattern in ``sparse_attention.json``, so that
-``hf-sparse eval OUTPUT_DIR/adapter`` and ``hf_sparse.load`` restore it. With ``--resume_from_checkpoint auto`` a run
-that was stopped goes on from its last whole checkpoint.
+layers train along; the texts are cut into samples, none of which crosses from one document into another; every step the
+model reads its batch twice, dense and without the adapter as the teacher, then sparse, and the adapter is moved so that
+both predict the same. Every checkpoint and the final adapter in OUTPUT_DIR/adapter carry the pattern in
+``sparse_attention.json``, so that ``hf-sparse eval OUTPUT_DIR/adapter`` and ``hf_sparse.load`` restore it. With
+``--resume_from_checkpoint auto`` a run that was stopped goes on from its last whole checkpoint.
 
 A mistake in the settings ends with one sentence and exit status 2, before anything is trained or written.
 """
@@ -20,8 +21,8 @@ import sys
 
 from transformers import set_seed
 
-import hf_sparse
 from hf_sparse.train import AdaptationArguments, ConfigParser, SparseTrainingArguments, prepare, run
+from hf_sparse.train.report import end_report, start_report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,23 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     if trainer.is_world_process_zero():
-        report_start(trainer, arguments)
+        print(start_report(trainer, arguments), flush=True)
     folder = run(trainer)
     if trainer.is_world_process_zero():
-        plugins = "".join(f" --plugin {file}" for file in arguments.plugin or ())
-        print(f"adapter   {folder}\nevaluate  hf-sparse eval {folder}{plugins}")
+        print(end_report(folder, arguments.plugin))
     return 0
-
-
-def report_start(trainer, arguments: AdaptationArguments) -> None:
-    """Say what is about to be trained, and where the pattern runs."""
-    base = trainer.model.get_base_model()
-    trained, total = trainer.model.get_nb_trainable_parameters()
-    print(hf_sparse.describe(base, seq_len=arguments.length))
-    print(f"trained   {trained:,} of {total:,} parameters ({trained / total:.1%})")
-    print(f"samples   {len(trainer.train_dataset):,} of {arguments.length:,} tokens each")
-    if trainer.args.resume_from_checkpoint:
-        print(f"resuming  {trainer.args.resume_from_checkpoint}")
 
 
 if __name__ == "__main__":

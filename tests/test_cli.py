@@ -315,6 +315,8 @@ def test_help_names_the_commands(capsys):
         (["--help"], "patterns"),
         (["eval", "--help"], "--global-tokens"),
         (["calibrate", "--help"], "--candidates"),
+        (["adapt", "--help"], "--lora-r"),
+        (["merge", "--help"], "--overwrite"),
         (["--version"], "0."),
     ):
         with pytest.raises(SystemExit) as leaving:
@@ -322,5 +324,16 @@ def test_help_names_the_commands(capsys):
         assert leaving.value.code == 0
         assert word in capsys.readouterr().out
     assert set(cli.COMMANDS) == {
-        *("calibrate", "compare", "eval", "generate", "lm-eval", "patterns", "probe", "show")
+        *(
+            "adapt",
+            "calibrate",
+            "compare",
+            "eval",
+            "generate",
+            "lm-eval",
+            "merge",
+            "patterns",
+            "probe",
+            "show",
+        )
     }

@@ -126,7 +126,7 @@ def test_a_saved_pattern_is_replaced_while_it_is_measured(
 
 
 def test_the_validation_split_is_read_unless_told(tiny_model_folder, tmp_path, monkeypatch, capsys):
-    from hf_sparse.cli import texts
+    from hf_sparse.documents import texts
 
     asked = []
 

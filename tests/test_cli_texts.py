@@ -7,9 +7,9 @@ import datasets
 import pytest
 
 from hf_sparse.cli import main
-from hf_sparse.cli import texts as texts_module
 from hf_sparse.cli.texts import LIBRARY_DOCUMENTS, add_text_arguments, read_texts, skipped_note
 from hf_sparse.documents import Document, Skipped
+from hf_sparse.documents import texts as texts_module
 
 
 def read(*arguments):

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_sparse
 from hf_sparse.evaluate.saved_results import read_results
 from hf_sparse.hf import settings
+from hf_sparse.plan import cost
 from hf_sparse.train import AdaptationArguments, ConfigParser, SparseTrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,20 +80,34 @@ def test_a_mistake_is_one_sentence_and_status_2(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_config_is_understood_and_there_is_one_for_each_pattern():
+PATTERNS = {
+    "sliding_window": hf_sparse.SlidingWindow(256),
+    "streaming_llm": hf_sparse.StreamingLLM(4, 252),
+    "longformer": hf_sparse.Longformer(192, tuple(range(0, 2048, 32))),
+    "sparse_transformer_fixed": hf_sparse.SparseTransformerFixed(128, 24),
+    "bigbird": hf_sparse.BigBird(block=32, window_blocks=3, global_blocks=2, random_blocks=3),
+    "strided": hf_sparse.SlidingWindow(128) | hf_sparse.Strided(16),
+    "layered": hf_sparse.Layered(pattern=hf_sparse.SlidingWindow(96), dense_every=6),
+    "calibrated": None,  # chosen by calibration, head by head
+}
+
+
+def test_every_config_is_understood_and_they_differ_in_their_pattern_alone():
     parser = ConfigParser((AdaptationArguments, SparseTrainingArguments))
-    found = {}
-    for path in RECIPES.glob("*.yaml"):
+    rest = []
+    for path in sorted(RECIPES.glob("*.yaml")):
         arguments, training = parser.parse(["--config", str(path)])
         assert training.output_dir == f"runs/{path.stem}"
-        assert (training.bf16, training.learning_rate, arguments.length) == (True, 1e-3, 2048)
-        found[path.stem] = arguments.chosen_pattern()
-    assert found == {
-        "sliding_window": hf_sparse.SlidingWindow(128),
-        "longformer": hf_sparse.Longformer(256, (0,)),
-        "streaming_llm": hf_sparse.StreamingLLM(4, 252),
-        "strided": hf_sparse.SlidingWindow(64) | hf_sparse.Strided(64),
-    }
+        chosen = hf_sparse.hf.pattern_file.settings_of(arguments.chosen_pattern()).pattern
+        if PATTERNS[path.stem] is not None:
+            assert chosen == PATTERNS[path.stem]
+        densities = [cost(chosen, 2048, heads=8, layer=layer).density for layer in range(6)]
+        assert sum(densities) / 6 <= 0.25, path.stem
+        settings = {**arguments.as_json(), **training.to_dict()}
+        for own in ("pattern", "pattern_options", "output_dir", "logging_dir"):
+            settings.pop(own, None)
+        rest.append(settings)
+    assert len(rest) == len(PATTERNS) and all(settings == rest[0] for settings in rest)
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

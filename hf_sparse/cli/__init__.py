@@ -1,4 +1,4 @@
-"""The command line: hf-sparse calibrate, compare, eval, generate, lm-eval, patterns, probe, show."""
+"""The command line: hf-sparse adapt, calibrate, compare, eval, generate, lm-eval, merge, patterns, probe, show."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ if TYPE_CHECKING:
 
 # Each command is a module with add_arguments(parser) and run(args), imported when it is asked for.
 COMMANDS = {
+    "adapt": "train a LoRA adapter that recovers what a pattern costs, and save it with the pattern",
     "calibrate": "measure which layers and heads need the distance, give the rest a window, and write the pattern",
     "compare": "hold results of evaluations against each other, with intervals where they scored the same tokens",
     "eval": "measure the perplexity of a model, dense and with sparse patterns, on the same tokens",
     "generate": "stream what a model writes after a prompt, or talk with it, in bounded memory",
     "lm-eval": "run lm-evaluation-harness on a model under a pattern, and prove that the pattern ran",
+    "merge": "write a whole model with an adapter in its weights, which keeps the pattern",
     "patterns": "list the patterns with their options",
     "probe": "ask a model for what lies far back in long texts, dense and with sparse patterns, on the same samples",
     "show": "draw what a pattern lets each token see, and say what it costs",
 }
 
-WITH_CONFIG = {"calibrate", "eval", "probe"}  # commands that also read their options from --config FILE.yaml
+WITH_CONFIG = {
+    "adapt",
+    "calibrate",
+    "eval",
+    "probe",
+}  # commands that also read their options from --config FILE.yaml
 
 
 class Parser(argparse.ArgumentParser):

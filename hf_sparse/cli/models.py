@@ -43,8 +43,9 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """
     import transformers
 
-    from ..hf.loading import put_adapter
-    from ..hf.sources import ADAPTER_CONFIG, check_source, is_adapter
+    from ..hf.extension import restore_extension
+    from ..hf.loading import put_adapter, read_extension
+    from ..hf.sources import ADAPTER_CONFIG, SIDECAR, check_source, is_adapter
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -71,6 +72,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         if adapter:
             model = put_adapter(model, adapter)
         if args.control:
+            if os.path.exists(sidecar := os.path.join(args.control, SIDECAR)):
+                restore_extension(model, read_extension(args.control), sidecar, extend=False)
             model = put_adapter(model, args.control, CONTROL)
     return model.to(device).eval(), tokenizer
 
@@ -93,13 +96,16 @@ def _base_of(adapter: str) -> str:
 
 
 def _load_patched(base: str, adapter: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the base model, patched as the adapter, or else the model itself, was saved, and its tokenizer."""
+    """Return the base model, extended and patched as the adapter's was, or else the model itself, and its tokenizer."""
     from ..hf import load
+    from ..hf.extension import restore_extension
     from ..hf.loading import (
+        language_model_class,
         load_base,
         load_tokenizer,
         patch_as_saved,
         read_config,
+        read_extension,
         read_sidecar,
         stored_settings,
     )
@@ -118,19 +124,15 @@ def _load_patched(base: str, adapter: str | None, args: argparse.Namespace) -> t
     check_stored(getattr(config.get_text_config(), "sparse_attention", None), f"the config of {base}")
     dense = stored_settings(config, base) is None
     tokenizer = load_tokenizer(base)
-    model = load_base(base, _head_of(config), dtype=args.dtype) if dense else load(base, dtype=args.dtype)
-    return (model if saved is None else patch_as_saved(model, saved, str(sidecar))), tokenizer
-
-
-def _head_of(config: Any) -> str:
-    """Return the class of transformers to load with: an encoder saved with a masked-token head keeps that."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    from ..hf.loading import CAUSAL_LM
-
-    saved_as = set(getattr(config, "architectures", None) or ())
-    is_masked = not config.is_encoder_decoder and saved_as & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-    return "AutoModelForMaskedLM" if is_masked else CAUSAL_LM
+    model = (
+        load_base(base, language_model_class(config), dtype=args.dtype)
+        if dense
+        else load(base, dtype=args.dtype)
+    )
+    if saved is not None:
+        restore_extension(model, read_extension(str(adapter)), str(sidecar))
+        patch_as_saved(model, saved, str(sidecar))
+    return model, tokenizer
 
 
 def _check_sidecar(path: str) -> None:

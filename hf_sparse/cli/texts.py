@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import heapq
-from collections.abc import Iterable
-from typing import Any
 
-from ..documents import Document, Skipped, iter_dataset, iter_documents, standard_library
+from ..documents import Document, Skipped, Texts
 from ..documents.decoding import ENCODING_ERRORS
+from .options import dashed
 
 LIBRARY_DOCUMENTS = 32  # of the standard library, where no number is given
-_OF_TEXT = ("glob", "encoding_errors")
-_OF_DATASET = ("dataset_config", "split", "streaming")
+_OPTIONS = (
+    *("text", "glob", "encoding_errors", "column", "documents"),
+    *("dataset", "dataset_config", "split", "streaming"),
+)
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, split: str = "test") -> None:
@@ -65,23 +65,8 @@ def read_texts(args: argparse.Namespace, split: str = "test") -> tuple[list[Docu
     Raises:
         ValueError: options that contradict each other, or texts that cannot be read.
     """
-    _check(args)
-    skipped: list[Skipped] = []
-    if args.text is not None:
-        chosen = _given(args, ("column", *_OF_TEXT))
-        documents = _longest(iter_documents(args.text, **chosen, skipped=skipped), args.documents)
-        if not documents:
-            raise ValueError(
-                f"none of the texts is left: {skipped[0].name} {skipped[0].reason}; use --encoding-errors replace"
-            )
-        return documents, skipped
-    if args.dataset is not None:
-        chosen = {"split": split, **_given(args, ("column", "split", "streaming"))}
-        limit = args.documents if args.streaming else None
-        rows = iter_dataset(args.dataset, args.dataset_config, **chosen, limit=limit)
-        return _longest(rows, args.documents), skipped
-    wanted = LIBRARY_DOCUMENTS if args.documents is None else args.documents
-    return _longest(standard_library(split), wanted), skipped
+    given = {name: getattr(args, name) for name in _OPTIONS}
+    return Texts(**given, spelled=lambda name: f"--{dashed(name)}").read(split, LIBRARY_DOCUMENTS)
 
 
 def skipped_note(skipped: list[Skipped]) -> str:
@@ -92,35 +77,3 @@ def skipped_note(skipped: list[Skipped]) -> str:
         if len(skipped) == 1
         else f"{len(skipped)} documents left out, first: {first}"
     )
-
-
-def _longest(documents: Iterable[Document], wanted: int | None) -> list[Document]:
-    """Return the longest documents, of equals the first, in their order; no more of them are held at a time."""
-    if wanted is None:
-        return list(documents)
-    found = heapq.nlargest(wanted, enumerate(documents), key=lambda found: (len(found[1].text), -found[0]))
-    return [document for _, document in sorted(found, key=lambda found: found[0])]
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Raise ValueError for options that contradict each other."""
-    if args.documents is not None and args.documents < 1:
-        raise ValueError(f"--documents must be >= 1, got {args.documents}")
-    if args.text is not None and args.dataset is not None:
-        raise ValueError("--text and --dataset both say what to read; give one of them")
-    for names, wanted in ((_OF_TEXT, "text"), (_OF_DATASET, "dataset")):
-        if getattr(args, wanted) is None and (given := _given(args, names)):
-            flag = next(iter(given)).replace("_", "-")
-            raise ValueError(
-                f"--{flag} goes with --{wanted}, and there is none; give one, or leave --{flag} out"
-            )
-    if args.column is not None and args.text is None and args.dataset is None:
-        raise ValueError(
-            "--column goes with --text or --dataset, and there is none; give one, or leave it out"
-        )
-    if args.streaming and args.documents is None:
-        raise ValueError("--streaming reads the first rows of a dataset; say how many with --documents N")
-
-
-def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

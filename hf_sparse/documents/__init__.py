@@ -5,12 +5,14 @@ from .files import iter_documents, read_documents, read_text_file
 from .hub import iter_dataset, read_dataset
 from .library import SPLITS, split_of, standard_library
 from .paths import TEXT_SUFFIXES
+from .texts import Texts
 
 __all__ = [
     "SPLITS",
     "TEXT_SUFFIXES",
     "Document",
     "Skipped",
+    "Texts",
     "fingerprint",
     "iter_dataset",
     "iter_documents",

@@ -52,8 +52,8 @@ def fingerprint(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def refuse_empty(documents: Iterable[Document]) -> None:
+def refuse_empty(documents: Iterable[Document], cure: str = "give a file with text in it") -> None:
     """Raise ValueError for the first document that holds nothing but white space."""
     for document in documents:
         if not document.text.strip():
-            raise ValueError(f"{document.name} holds no text; give a file with text in it.")
+            raise ValueError(f"{document.name} holds no text; {cure}.")

@@ -103,7 +103,7 @@ class PerplexityCallback(TrainerCallback):
         """Return the figures of the weights as they are, measured and logged once per step."""
         if self._figures and self.trainer.is_in_train:
             return self._figures
-        self._figures = _figures(self._perplexity())
+        self._figures = self.figures(without_adapter=self.without_adapter)
         control = self.trainer.control
         should_log = (
             control.should_log
@@ -112,7 +112,11 @@ class PerplexityCallback(TrainerCallback):
         control.should_log = should_log
         return self._figures
 
-    def _perplexity(self) -> Result:
+    def figures(self, *, without_adapter: bool) -> dict[str, float]:
+        """Return what is logged of the weights as they are, measured now; nothing is logged."""
+        return _figures(self._perplexity(without_adapter))
+
+    def _perplexity(self, without_adapter: bool) -> Result:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
         own = settings(model)
         return perplexity(
@@ -121,7 +125,7 @@ class PerplexityCallback(TrainerCallback):
             self.documents,
             patterns=[] if own is None else [own],
             seed=self.trainer.args.seed,
-            without_adapter=self.without_adapter,
+            without_adapter=without_adapter,
             prompt=False,
             **self.method,
         )

@@ -66,8 +66,12 @@ class ChunkedHead:
         body = base.base_model if self.masked else base.get_decoder()
         self.body: nn.Module = base.model if body is base else body  # Llama 4 text gives itself
 
-    def states(self, ids: Tensor, **inputs: Any) -> States:
-        """Return what the body gives the head for ids [B, N]; `inputs` are the model's further arguments."""
+    def states(self, input_ids: Tensor, *, through: Any = None, **inputs: Any) -> States:
+        """Return what the body gives the head for input_ids [B, N]; `inputs` are the model's further arguments.
+
+        through: what is called in place of the model, such as the DistributedDataParallel around it.
+        """
+        ids = input_ids
         held: list[Tensor] = []
         forward = self.body.forward
 
@@ -84,7 +88,7 @@ class ChunkedHead:
             return output
 
         with _forward_of(self.body, keep) as outputs:
-            self._run(ids, **inputs)
+            self._run(ids, through, **inputs)
         if not outputs:
             raise ValueError(
                 f"{self.name} does not call its decoder ({type(self.body).__name__}) in its forward pass, so its "
@@ -146,10 +150,16 @@ class ChunkedHead:
                 "load a causal decoder with AutoModelForCausalLM, or an encoder with AutoModelForMaskedLM."
             )
 
-    def _run(self, ids: Tensor, **inputs: Any) -> Any:
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters that require a gradient and that the head reads, those it shares with the body too."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        within = set(self.body.parameters()) - set(base.get_output_embeddings().parameters())
+        return [p for p in base.parameters() if p.requires_grad and p not in within]
+
+    def _run(self, ids: Tensor, through: Any = None, **inputs: Any) -> Any:
         if not self.masked:
             inputs.setdefault("use_cache", False)
-        return self.model(input_ids=ids, return_dict=True, **inputs)
+        return (through or self.model)(input_ids=ids, return_dict=True, **inputs)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..documents import Document, named
+from ..hf.extension import readable_tokens
 from .head import ChunkedHead
 from .method import Method
 from .tokens import ScoredText, check_vocabulary, tokenize
@@ -53,8 +54,8 @@ def prepare(
 
 
 def trained_length(base: Any) -> int | None:
-    """Return the tokens a model was trained to read at once, None where its config does not say."""
-    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    """Return the tokens a model was trained, or extended, to read at once, None where its config does not say."""
+    return readable_tokens(base)
 
 
 def _special_tokens(tokenizer: Any, method: Method) -> tuple[list[int], list[int]]:
@@ -89,9 +90,6 @@ def check_length(base: Any, tokens: int, setting: str) -> None:
         setting: what the user calls it, to be named in the message.
     """
     limit = trained_length(base)
-    for name, module in base.named_modules():  # RoBERTa begins to count behind the padding's position
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limit = module.num_embeddings - module.padding_idx - 1
     rotary = getattr(base.config.get_text_config(), "rope_parameters", None) is not None
     if limit and tokens > limit and not rotary:
         raise ValueError(

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..hf import patched, unpatch_model
+from ..hf.extension import readable_tokens
 from ..patterns import Pattern
 from .machine import PeakMemory
 
@@ -60,7 +61,7 @@ def measure_prefill(
     Raises:
         ValueError: a length below 1 or beyond the model's positions, or repeats < 1.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = readable_tokens(model)
     for length in lengths:
         if length < 1 or (limit and length > limit):
             raise ValueError(

@@ -133,6 +133,17 @@ def check_vocabulary(largest: int, model: Any) -> None:
         )
 
 
+def check_unicode(document: Document) -> None:
+    """Raise ValueError for a text with half a character, which tokenizers stumble over."""
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"document {document.name} is not valid Unicode (a lone surrogate at character {error.start}); "
+            "read the file as UTF-8."
+        ) from None
+
+
 def _prefix(tokenizer: Any, bos: bool) -> tuple[list[int], str]:
     if bos and tokenizer.bos_token_id is not None:
         return [tokenizer.bos_token_id], "bos"
@@ -145,13 +156,7 @@ def _tokenize_one(
     tokenizer: Any, document: Document, max_length: int | None, prefix: list[int], first: int
 ) -> ScoredDocument | None:
     """Return the document's tokens, of which the first `first` are not scored; None where fewer than 2 are."""
-    try:
-        document.text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"document {document.name} is not valid Unicode (a lone surrogate at character {error.start}); "
-            "read the file as UTF-8."
-        ) from None
+    check_unicode(document)
     fast = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
     ids: list[int] = encoded["input_ids"]

@@ -1,7 +1,9 @@
 """The glue to transformers: patch a model, describe it, save it and load it again."""
 
 from .active import settings
+from .adapters import load_adapter
 from .describe import describe
+from .extension import extend_positions, position_tables
 from .generation import make_cache
 from .loading import read_sidecar
 from .mask import SparseMask
@@ -9,6 +11,7 @@ from .patch import patch_model, patched, unpatch_model, unpatched
 from .pattern_file import load_pattern, save_pattern
 from .persist import load, save_adapter
 from .register import register_names
+from .shared_heads import hold_heads
 from .stored_settings import SparseSettings, attention_name, settings_from_json, settings_to_json
 
 register_names()
@@ -18,11 +21,15 @@ __all__ = [
     "SparseSettings",
     "attention_name",
     "describe",
+    "extend_positions",
+    "hold_heads",
     "load",
+    "load_adapter",
     "load_pattern",
     "make_cache",
     "patch_model",
     "patched",
+    "position_tables",
     "read_sidecar",
     "save_adapter",
     "save_pattern",

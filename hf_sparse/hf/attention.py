@@ -12,51 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Call, attend
+from ..patterns import get_pattern
 from ..patterns.places import Places
 from ..patterns.selected_heads import of_layer
 from ..plan import Constraint, Segments
+from .call_arguments import POSITIONS, refuse_arguments
 from .dense import DenseMask, dense_attention, stays_dense
 from .far import far_pair
 from .global_projections import replace_global_rows
 from .mask import SparseMask, running_forwards
 from .ragged import attend_parts
 from .rotary import Rotation
+from .shared_heads import holds_some, pattern_of_heads, refuse_spread_tokens
 from .stored_settings import PREFIX, pattern_of_layer, settings_for
 from .weights import attention_weights, weights_of_parts, weights_wanted
 
+_FULL = get_pattern("full")
 _COMPUTE = "_hf_sparse_compute"  # what a module's attention is computed by, in place of `attend`
-GLOBALS = "global_attention_mask"
-POSITIONS = "packed_position_ids"  # how a model that keeps its position ids to itself hands them on
-# Keyword arguments that transformers hands through and that do not change what attention computes.
-_HARMLESS_TENSORS = {
-    POSITIONS,
-    "cache_position",
-    "cu_seq_lens_k",
-    "cu_seq_lens_q",
-    "encoder_attention_mask",
-    "encoder_hidden_states",
-    "image_sizes",
-    "input_ids",
-    "inputs_embeds",
-    "labels",
-    "max_length_k",
-    "max_length_q",
-    "mm_token_type_ids",
-    "num_items_in_batch",
-    "position_ids",
-    "shift_labels",
-    "token_type_ids",
-}
-# What these carry is part of the scores or of the choice of keys, whatever its type.
-_REFUSED = {
-    "block_indices": "the model chooses its own keys",
-    "cache": "continuous batching pages the keys",
-    "head_mask": "weights are scaled per head",
-    "indices": "the model chooses its own keys",
-    "position_bias": "the model adds a position bias to the scores",
-    "s_aux": "the model has learned attention sinks",
-    "sinks": "the model has learned attention sinks",
-}
 
 
 def sparse_attention(
@@ -85,15 +57,16 @@ def sparse_attention(
     Raises:
         ValueError: an argument that changes the result and that a pattern cannot honour.
     """
+    refuse_spread_tokens(query)
     if stays_dense(module, attention_mask, is_causal):
-        _refuse(module, kwargs)
+        refuse_arguments(module, kwargs)
         allowed = attention_mask.allowed if isinstance(attention_mask, DenseMask) else None
         rate, wanted = dropout if module.training else 0.0, weights_wanted(output_attentions)
         return dense_attention(module, query, key, value, allowed, rate, scaling, softcap, wanted)
     if (inputs := getattr(_observer, "inputs", None)) is not None:
         inputs.append((module, query, key))
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-    _refuse(module, kwargs)
+    refuse_arguments(module, kwargs)
     if (probe := getattr(_observer, "keywords", None)) is not None:
         probe.append({name for name, value in kwargs.items() if value is not None})
     mask = _sparse_mask(module, query, key, attention_mask, is_causal, kwargs.get("sliding_window"))
@@ -101,8 +74,9 @@ def sparse_attention(
     segments, slots = _sequences(module, mask, query, key, layer, kwargs), key.shape[2]
     if segments.k_len < key.shape[2]:  # a static cache holds slots not yet filled
         key, value = key[:, :, : segments.k_len], value[:, :, : segments.k_len]
+    pattern = of_layer(pattern_of_layer(mask.settings, layer, type(module).__name__), layer or 0)
     call = Call(
-        pattern=of_layer(pattern_of_layer(mask.settings, layer, type(module).__name__), layer or 0),
+        pattern=pattern_of_heads(pattern, module, query, layer or 0, mask.constraint.causal),
         constraint=mask.constraint,
         scale=scaling,
         softcap=softcap,
@@ -116,7 +90,7 @@ def sparse_attention(
         held = None if mask.far_keys is None else mask.far_keys(call.layer)
         far = far_pair(rotation, places, query, key, segments, mask.base, mask.memo, held)
     parts = None if mask.held_heads is None else mask.held_heads(call.layer, key, value)
-    compute = module.__dict__.get(_COMPUTE, _attend)
+    compute, is_dense = module.__dict__.get(_COMPUTE, (_attend, False))
     if parts is None:
         out = compute(module, query, key, value, call, segments, mask.settings.backend, far)
     elif compute is _attend:
@@ -127,7 +101,8 @@ def sparse_attention(
             "of some heads than of others; pass use_cache=False"
         )
     out = out.transpose(1, 2).contiguous()
-    out = replace_global_rows(module, query, key, value, out, call, segments, trial=probe is not None)
+    if not is_dense:
+        out = replace_global_rows(module, query, key, value, out, call, segments, trial=probe is not None)
     if not weights_wanted(output_attentions):
         return out, None
     if parts is not None:
@@ -172,35 +147,16 @@ def _placed(mask: SparseMask, call: Call, trial: bool) -> tuple[Places | None, R
     return places, mask.positions.rotations.get(call.layer)
 
 
-def _refuse(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-    for name, value in kwargs.items():
-        if value is None:
-            continue
-        if name == GLOBALS:
-            raise ValueError(
-                f"{GLOBALS} is understood by a model that hf_sparse.patch_model or hf_sparse.load has prepared, "
-                f"attn_implementation='sparse_...' alone does not; call patch_model"
-            )
-        if name in _REFUSED:
-            raise ValueError(
-                f"{type(module).__name__} passes {name!r} to attention ({_REFUSED[name]}), which sparse patterns "
-                f"cannot honour; use the dense attention for this model"
-            )
-        if isinstance(value, Tensor) and name not in _HARMLESS_TENSORS:
-            raise ValueError(
-                f"{type(module).__name__} passes the tensor {name!r} to attention and sparse patterns do not know what "
-                f"it means; leave it out or use the dense attention"
-            )
-
-
 def _sparse_mask(
     module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, is_causal: bool | None, window: int | None
 ) -> SparseMask:
     if isinstance(mask, SparseMask):
         return mask
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    # The id of the running backward pass; -1 outside of one. Towers that never have a mask are not causal.
-    if torch._C._current_graph_task_id() != -1 and (causal or mask is not None):
+    # The id of the running backward pass; -1 outside of one. Towers that never have a mask are not causal, and sequence
+    # parallelism takes it away.
+    taken = mask is None and (not causal or holds_some(module, query))
+    if torch._C._current_graph_task_id() != -1 and not taken:
         raise ValueError(
             "gradient checkpointing recomputes this layer under another attention than its forward pass ran; call "
             "backward() before patching, unpatching or leaving patched()"
@@ -262,16 +218,37 @@ def _attend(module: nn.Module, *args: Any) -> Tensor:
 
 
 @contextmanager
-def computed_by(model: nn.Module, compute: Callable[..., Tensor]) -> Iterator[None]:
+def computed_by(
+    model: nn.Module, compute: Callable[..., Tensor], *, is_dense: bool = False
+) -> Iterator[None]:
     """Let `compute` give every sparse attention of `model` inside the block, in place of `attend`.
 
-    It gets the attention module first and then what `attend` gets, and returns what that returns.
+    It gets the attention module first and then what `attend` gets, and returns what that returns. Blocks may be
+    nested: the innermost computes.
+
+    is_dense: what it gives is dense attention, in which global queries have no projections of their own.
     """
-    modules = list(model.modules())
-    for module in modules:
-        module.__dict__[_COMPUTE] = compute
+    before = {module: module.__dict__.get(_COMPUTE) for module in model.modules()}
+    for module in before:
+        module.__dict__[_COMPUTE] = (compute, is_dense)
     try:
         yield
     finally:
-        for module in modules:
-            module.__dict__.pop(_COMPUTE, None)
+        for module, previous in before.items():
+            module.__dict__.pop(_COMPUTE)
+            if previous is not None:
+                module.__dict__[_COMPUTE] = previous
+
+
+def dense_instead(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    segments: Segments,
+    backend: str,
+    far: Any = None,
+) -> Tensor:
+    """Attend to all that the model itself allows, whatever the pattern: for `computed_by` with ``is_dense=True``."""
+    return attend(query, key, value, replace(call, pattern=_FULL, near=None), segments)

@@ -41,7 +41,7 @@ def describe(model: nn.Module, seq_len: int | None = None) -> str:
     assert current is not None
     routed, length = attention_layers(config), _length(config, seq_len)
     costs = {layer: _layer_cost(base, config, current, layer, length) for layer in routed}
-    sparse = [layer for layer in routed if _leaves_out(current.pattern_at(layer), layer, length, base)]
+    sparse = [layer for layer in routed if leaves_out(current.pattern_at(layer), layer, length, base)]
     lines = [
         f"{name}: sparse attention",
         f"pattern   {current.pattern}",
@@ -74,7 +74,7 @@ def _names(sparse: list[int], routed: tuple[int, ...]) -> str:
     return "" if len(sparse) == len(routed) else f" ({', '.join(map(str, sparse))}); the others dense"
 
 
-def _leaves_out(pattern: Pattern, layer: int, n: int, base: PreTrainedModel) -> bool:
+def leaves_out(pattern: Pattern, layer: int, n: int, base: PreTrainedModel) -> bool:
     """True where a layer's pattern, apart from the model's own limits, leaves out some of the pairs of `n` tokens."""
     heads = query_heads(base.config.get_text_config())
     alone = cost(pattern, n, constraint=Constraint(is_causal(base)), heads=heads, layer=layer)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
-from .attention import GLOBALS
 from .cache import SparseCache
+from .call_arguments import GLOBALS
 from .far import new_tokens
 from .global_cache import remember
 from .global_tokens import global_flags, refuse_globals

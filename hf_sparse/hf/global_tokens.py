@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
 
 from ..patterns import Pattern
-from .attention import GLOBALS
+from .call_arguments import GLOBALS
 from .hooks import add_hook, argument, mask_owner, remove_hooks
 from .routing import verify_routing
 from .stored_settings import settings_for

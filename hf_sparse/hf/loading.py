@@ -11,7 +11,9 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from .extension.record import EXTENSION, Extension, extension_from_json
 from .patch import patch_model
 from .sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SIDECAR, check_path
 from .stored_settings import SparseSettings, settings_from_json
@@ -78,6 +80,13 @@ def load_base(source: str, class_name: str = CAUSAL_LM, *, own_head: bool = Fals
     return model
 
 
+def language_model_class(config: Any) -> str:
+    """Return the class of transformers to load with: an encoder saved with a masked-token head keeps that."""
+    saved_as = set(getattr(config, "architectures", None) or ())
+    masked = not config.is_encoder_decoder and saved_as & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    return "AutoModelForMaskedLM" if masked else CAUSAL_LM
+
+
 def load_tokenizer(source: str) -> Any:
     """Return the tokenizer saved beside a model; raise ValueError where there is none or it cannot be read."""
     try:
@@ -97,7 +106,15 @@ def read_sidecar(path: str | os.PathLike[str]) -> SparseSettings:
             f"adapter {folder} has no {SIDECAR}, so its pattern is unknown; save it with hf_sparse.save_adapter, or "
             f"load it with peft and use hf_sparse.patch_model"
         )
-    return _settings(_read_json(folder, SIDECAR), os.path.join(folder, SIDECAR))
+    saved = _read_json(folder, SIDECAR)
+    saved.pop(EXTENSION, None)
+    return _settings(saved, os.path.join(folder, SIDECAR))
+
+
+def read_extension(folder: str) -> Extension | None:
+    """Return how the base of an adapter was extended, None where it was not; ValueError for what cannot be read."""
+    saved = _read_json(folder, SIDECAR).get(EXTENSION)
+    return None if saved is None else extension_from_json(saved, os.path.join(folder, SIDECAR))
 
 
 def read_adapter_config(folder: str) -> dict[str, Any]:
@@ -111,7 +128,7 @@ def read_adapter_config(folder: str) -> dict[str, Any]:
             f"adapter {folder} is of the type {kind!r}, which peft {peft.__version__} does not have; "
             "update peft, or save the adapter again"
         )
-    _check_weights(folder)
+    adapter_weights(folder)
     return config
 
 
@@ -188,7 +205,8 @@ def _read_json(folder: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _check_weights(folder: str) -> None:
+def adapter_weights(folder: str) -> list[str]:
+    """Return the names of the weights in an adapter's file; raise ValueError where it cannot be read or has none."""
     from safetensors import SafetensorError, safe_open
 
     file = os.path.join(folder, ADAPTER_WEIGHTS)
@@ -203,3 +221,4 @@ def _check_weights(folder: str) -> None:
         raise ValueError(f"{file} is corrupt ({reason(error)}); save the adapter again") from error
     if not names:
         raise ValueError(f"{file} holds no tensors; save the adapter again")
+    return names

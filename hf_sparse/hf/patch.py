@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from .global_tokens import (
     remove_global_hooks,
 )
 from .hooks import add_hook, find_hooks, mask_owner, remove_hooks
+from .own_config import own_config, put_config
 from .pattern_file import is_pattern_file, naming_its_file, settings_of
 from .placing import positions_of, put_positions, remove_positions, set_positions
 from .routing import (
@@ -112,7 +112,7 @@ def patch_model(
     before = _state(base)
     try:
         if not hasattr(base, _RESTORE):
-            _own_config(model)
+            own_config(model)
         current = base.config.get_text_config()._attn_implementation
         if not current.startswith(PREFIX):  # someone may have chosen another attention since an earlier patch
             setattr(base, _RESTORE, current)
@@ -132,7 +132,7 @@ def patch_model(
                 check_globals_arrive(base)
     except BaseException:
         _restore(base, before)
-        _replace_configs(model, _pairs(base.config, before["config"]))
+        put_config(model, before["config"])
         raise
     return model
 
@@ -215,28 +215,6 @@ def _switch(model: PreTrainedModel, name: str) -> None:
         raise ValueError(
             f"{type(model).__name__} cannot be patched: it keeps its attention implementation {now!r}"
         )
-
-
-def _own_config(model: nn.Module) -> None:
-    """Give the model a config of its own: several models may have been built on one object."""
-    config = unwrap(model).config
-    _replace_configs(model, _pairs(config, copy.deepcopy(config)))
-
-
-def _pairs(old: Any, new: Any) -> dict[int, Any]:
-    return {id(a): b for a, b in zip(_configs(old), _configs(new), strict=True)}
-
-
-def _configs(config: Any) -> list[Any]:
-    nested = [getattr(config, key, None) for key in config.sub_configs]
-    return [config, *(c for sub in nested if sub is not None for c in _configs(sub))]
-
-
-def _replace_configs(model: nn.Module, replacements: dict[int, Any]) -> None:
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if id(value) in replacements:
-                setattr(module, name, replacements[id(value)])
 
 
 def _state(model: PreTrainedModel) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..patterns import Pattern, PerHead, PerLayer, get_pattern
 from ..patterns.written import pattern_from_json, read_json_file
@@ -73,8 +73,8 @@ def settings_of(pattern: str | os.PathLike[str] | Pattern | SparseSettings, **op
         path = os.fspath(pattern)
         settings = settings_in(read_stored(path), path)
     else:
-        assert isinstance(pattern, (str, Pattern)), "any other path is that of a pattern file"
-        return SparseSettings(get_pattern(pattern, **options))
+        # any other path is that of a pattern file; get_pattern refuses what is neither
+        return SparseSettings(get_pattern(cast("str | Pattern", pattern), **options))
     if options:
         get_pattern(settings.pattern, **options)  # refuses them
     return settings

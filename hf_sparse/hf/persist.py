@@ -12,6 +12,8 @@ from typing import Any
 import transformers
 
 from .active import is_switched, settings
+from .extension import extension_of, restore_extension
+from .extension.record import EXTENSION
 from .global_projections import NAMES, projects
 from .loading import (
     CAUSAL_LM,
@@ -22,6 +24,7 @@ from .loading import (
     put_adapter,
     read_adapter_config,
     read_config,
+    read_extension,
     read_sidecar,
     stored_settings,
 )
@@ -42,8 +45,8 @@ def load(path_or_adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Return the model saved there, running under the pattern it was saved with.
 
     A checkpoint (folder or hub id) gives a model of the class it was saved as. An adapter folder gives its base model,
-    patched, with the adapter on top as a `PeftModel`. Only safetensors are read. Global projections come back too,
-    though transformers, which has no place for them, reports them as unexpected before they are read.
+    extended and patched, with the adapter on top as a `PeftModel`. Only safetensors are read. Global projections come
+    back too, though transformers, which has no place for them, reports them as unexpected before they are read.
 
     Args:
         kwargs: go to ``from_pretrained`` of the model; ``is_trainable=True`` of an adapter goes to peft.
@@ -80,7 +83,7 @@ def _class_of(config: Any, path: str) -> str:
 
 
 def _load_adapter(path: str, *, is_trainable: bool = False, **kwargs: Any) -> Any:
-    saved = read_sidecar(path)
+    saved, extension = read_sidecar(path), read_extension(path)
     config = read_adapter_config(path)
     base = base_of(path, config)
     try:
@@ -91,19 +94,25 @@ def _load_adapter(path: str, *, is_trainable: bool = False, **kwargs: Any) -> An
         model = load_base(base, class_name, own_head=class_name != CAUSAL_LM, **kwargs)
     except ValueError as error:
         raise ValueError(f"the base model of adapter {path} cannot be loaded: {error}") from error
-    # before the adapter: modules it brings along belong to the patched model
+    # before the adapter: modules it brings along belong to the extended and patched model
+    restore_extension(model, extension, os.path.join(path, SIDECAR))
     patch_as_saved(model, saved, os.path.join(path, SIDECAR))
     read_projections(model, base, required=False, **hub_arguments(kwargs))
     return put_adapter(model, path, is_trainable=is_trainable)
 
 
-def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Save the adapter of a patched `PeftModel` with its pattern beside it; `hf_sparse.load` reads both.
+def save_adapter(
+    model: Any, folder: str | os.PathLike[str], *, state_dict: dict[str, Any] | None = None
+) -> None:
+    """Save the adapter of a patched `PeftModel` with its pattern beside it, and how its base was extended, if it was;
+    `hf_sparse.load` reads all of it.
 
     The files are written elsewhere and moved in, the pattern last: without it the folder does not load. Global
     projections that were trained belong to the adapter when it was made with
     ``modules_to_save=["query_global", "key_global", "value_global"]``.
 
+    Args:
+        state_dict: the weights, where the model's own are spread over processes.
     Raises:
         ValueError: not a PeftModel, not patched, or with global projections that would be lost.
     """
@@ -122,8 +131,13 @@ def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        model.save_pretrained(str(staging), safe_serialization=True)
-        text = json.dumps(settings_to_json(current), indent=2, sort_keys=True) + "\n"
+        model.save_pretrained(str(staging), safe_serialization=True, state_dict=state_dict)
+        # peft's template names the base by its path, and would replace a card that somebody wrote
+        (staging / "README.md").unlink(missing_ok=True)
+        content = settings_to_json(current)
+        if (extension := extension_of(model)) is not None:
+            content[EXTENSION] = extension.to_json()
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (target / SIDECAR).unlink(missing_ok=True)
         for written in sorted(p for p in staging.rglob("*") if p.is_file()):
             place = target / written.relative_to(staging)

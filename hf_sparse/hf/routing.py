@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..backends import recording
-from .attention import POSITIONS, observed_keywords
+from .attention import observed_keywords
+from .call_arguments import POSITIONS
 from .dense import has_cross_attention
 from .hooks import add_hook, argument, mask_owner, remove_hooks
 from .stored_settings import layer_count

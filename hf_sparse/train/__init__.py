@@ -5,6 +5,7 @@ from .arguments import ConfigParser
 from .checkpoints import last_complete_checkpoint
 from .config import AdaptationArguments, SparseTrainingArguments
 from .data import make_samples
+from .export import merge
 from .lora import add_lora
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "add_lora",
     "last_complete_checkpoint",
     "make_samples",
+    "merge",
     "prepare",
     "run",
 ]

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from ..documents import read_documents, refuse_empty, standard_library
-from ..evaluate.output_folder import check_output_folder
-from ..evaluate.tokens import check_vocabulary
-from ..hf import patch_model, save_adapter
-from ..hf.describe import is_causal
-from ..hf.loading import load_base, load_tokenizer, read_config
-from ..hf.sources import check_source, is_adapter
-from .checkpoints import CheckpointKeeper, checkpoint_to_resume
+from ..evaluate.output_folder import check_output_folder, write_atomically
+from ..hf import save_adapter, settings
+from .card import model_card, write_card
+from .checkpoints import checkpoint_to_resume
 from .config import AdaptationArguments
-from .data import collate, make_samples
+from .course import trained_with
+from .data import MaskEpochs
+from .datasets import make_datasets
+from .engine import check_engine, check_head, loaded_in_full
+from .evaluation import held_out, score_while_training
+from .export import check_push, push
 from .lora import add_lora
+from .model import load_patched
+from .objective import Objective
+from .report import check_report_to
+from .schedule import Narrowing
+from .student import StudentAttention
+from .trainer import Adaptation, SparseTrainer
 
-ADAPTER = "adapter"  # folder of the final adapter in output_dir
-POOL = 4  # samples drawn for each one that will be seen: training draws from more documents than it needs
+ADAPTER, LOG = "adapter", "log.json"  # the final adapter in output_dir, and all that was logged on the way
 
 
-def prepare(arguments: AdaptationArguments, training: TrainingArguments) -> Trainer:
+def prepare(arguments: AdaptationArguments, training: TrainingArguments) -> SparseTrainer:
     """Return a Trainer, ready to run, for the patched model with LoRA on the text's samples.
 
     With ``max_steps`` set, only as many documents are tokenised as give four times the samples those steps see.
@@ -34,101 +41,84 @@ def prepare(arguments: AdaptationArguments, training: TrainingArguments) -> Trai
             length beyond its positions, no document long enough, settings that contradict a checkpoint to resume.
     """
     check_output_folder("output_dir", str(training.output_dir))
-    trained_with = {**arguments.as_json(), **_sample_order(training)}
-    checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, str(training.output_dir), trained_with)
-    documents = read_documents(arguments.text) if arguments.text else standard_library("train")
-    refuse_empty(documents)
-    model, tokenizer = _load_base(arguments)
-    patch_model(
-        model,
-        arguments.chosen_pattern(),
-        backend=arguments.backend,
-        layers=arguments.layers,
-        seq_len=arguments.length,
+    check_engine(training)
+    check_report_to(training)
+    if training.push_to_hub:
+        check_push(training)
+    documents, unreadable = arguments.read_texts()
+    shared = trained_with(arguments, training, documents)
+    checkpoint = checkpoint_to_resume(
+        training.resume_from_checkpoint,
+        str(training.output_dir),
+        shared,
+        trust_engine_state=getattr(training, "trust_engine_state", False),
     )
-    model.config.use_cache = False
+    unseen = held_out(arguments, training)
+    with loaded_in_full(training):
+        model, tokenizer = load_patched(arguments, arguments.length)
     if training.gradient_checkpointing:
         model.enable_input_require_grads()  # the embeddings are frozen, yet the checkpointed blocks need a gradient
-    samples = make_samples(
-        tokenizer,
-        documents,
-        arguments.length,
-        seed=training.seed,
-        limit=_samples_wanted(training),
-    )
-    check_vocabulary(_largest(samples), model)
+    samples, evaluated = make_datasets(arguments, training, model, tokenizer, documents, unseen)
+    pushes, training.push_to_hub = training.push_to_hub, False  # the Trainer would push checkpoints
+    sparse = settings(model)
+    assert sparse is not None, "just patched"
+    widest = None if arguments.dense_control else arguments.narrow_from
+    narrowing = Narrowing.of(model, sparse, widest, arguments.narrow_share, arguments.length)
     torch.manual_seed(training.seed)  # LoRA's first matrices are random: the dense control gets the same
     adapted = add_lora(model, arguments)
-    keeper = CheckpointKeeper(trained_with, training.save_total_limit)
-    training.save_total_limit = None  # the keeper's task, see there
+    student = StudentAttention(adapted)
+    objective = Objective(adapted, arguments, student)
+    check_head(training, objective.head.trained())
+    kept, training.save_total_limit = training.save_total_limit, None  # see CheckpointTrainer
     training.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
-    return Trainer(
+    trainer = SparseTrainer(
+        objective=objective,
+        student=student,
+        narrowing=narrowing,
         model=adapted,
         args=training,
         train_dataset=samples,
-        data_collator=collate,
-        callbacks=[keeper],
+        eval_dataset=evaluated,
+        data_collator=samples.collate,
+        processing_class=tokenizer,
+        trained_with=shared,
+        sparse_settings=sparse,
+        limit=kept,
+        callbacks=[MaskEpochs()] if samples.masking else None,
     )
+    left_out = (*unreadable, *samples.skipped)
+    scores = score_while_training(trainer, unseen, arguments)
+    trainer.adaptation = Adaptation(arguments, samples, left_out, scores, pushes)
+    return trainer
 
 
-def run(trainer: Trainer) -> Path:
+def run(trainer: SparseTrainer) -> Path:
     """Train, from the checkpoint `prepare` found if any, and return the folder of the finished adapter.
 
-    The adapter's folder appears whole or not at all.
+    The adapter's folder appears whole or not at all; its card follows. OUTPUT_DIR/log.json has what was logged. With
+    ``push_to_hub`` the folder, and nothing else, is uploaded at the end.
     """
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    folder = Path(str(trainer.args.output_dir)) / ADAPTER
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    output = Path(str(trainer.args.output_dir))
+    folder = output / ADAPTER
     if trainer.is_world_process_zero():
-        save_adapter(model, folder)
+        for left in output.glob(f".{ADAPTER}.*"):  # by a run that was killed
+            shutil.rmtree(left)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    done = trainer.adaptation
+    assert done is not None, "made by prepare"
+    figures = None if done.scores is None else done.scores.figures(without_adapter=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    # collected from all processes
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else None
+    if trainer.is_world_process_zero():
+        save_adapter(model, folder, state_dict=weights)
+        steps = trainer.state.global_step
+        card = model_card(model, done.arguments, trainer.args, done.samples, steps=steps, figures=figures)
+        write_card(folder, card)
+        log = json.dumps(trainer.state.log_history, indent=1) + "\n"
+        write_atomically(output / LOG, log.encode())
+        if done.pushes:
+            push(folder, trainer.args)
     trainer.accelerator.wait_for_everyone()
     return folder
-
-
-def _load_base(arguments: AdaptationArguments) -> tuple[Any, Any]:
-    """Return the base model, on the CPU and in the dtype asked for (the Trainer moves it), and its tokenizer."""
-    name = arguments.model
-    if is_adapter(name):
-        raise ValueError(f"model={name} is an adapter; name the model it was trained on.")
-    check_source(name)
-    if Path(name).is_dir():
-        name = str(Path(name).resolve())  # the adapter remembers it, and must find it from any folder
-    read_config(name, {})  # where it is broken, the tokenizer would be blamed
-    tokenizer = load_tokenizer(name)
-    model = load_base(name, dtype=getattr(torch, arguments.dtype))
-    if not is_causal(model):
-        raise ValueError(
-            f"model={arguments.model} is an encoder: {type(model).__name__} lets a token see the ones it is trained "
-            "to predict; give a causal language model."
-        )
-    trained = getattr(model.config, "max_position_embeddings", None)
-    if trained and arguments.length > trained:
-        raise ValueError(
-            f"length={arguments.length} is beyond the {trained} positions of {type(model).__name__}; "
-            f"use length={trained} or less."
-        )
-    return model, tokenizer
-
-
-def _samples_wanted(training: TrainingArguments) -> int | None:
-    if training.max_steps <= 0:
-        return None
-    return POOL * training.max_steps * _samples_per_step(training)
-
-
-def _samples_per_step(training: TrainingArguments) -> int:
-    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-
-
-def _sample_order(training: TrainingArguments) -> dict[str, Any]:
-    """Return what decides which samples a step sees: a run that goes on with others is another run."""
-    return {
-        "seed": training.seed,
-        "data_seed": training.data_seed,
-        "batch size * gradient_accumulation_steps * processes": _samples_per_step(training),
-    }
-
-
-def _largest(samples: Any) -> int:
-    """Return the largest token id in the samples."""
-    return max(int(batch["input_ids"].max()) for batch in samples.with_format("numpy").iter(1000))

@@ -1,4 +1,4 @@
-"""LoRA around a patched model: which layers it goes to, and the normalisation layers trained beside it."""
+"""LoRA around a patched model: which layers it goes to, and what is trained in full beside it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..evaluate.head import is_masked
+from ..hf.extension import extension_of, position_tables
+from ..hf.global_projections import NAMES, projections
+from ..hf.hooks import mask_owner
 from .config import AdaptationArguments
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+# The output projection of BERT's attention is in a module of its own.
+_ATTENTION = ("Attention", "SelfOutput")
+
 
 def add_lora(model: Any, arguments: AdaptationArguments) -> PeftModel:
-    """Return the model wrapped in peft's LoRA; only LoRA weights and, if asked for, normalisation layers will train.
+    """Return the model wrapped in peft's LoRA, with exactly those weights trainable that `arguments` name.
+
+    What the pattern brings along trains in full whatever is asked for: the projections of global queries, and learned
+    positions that were copied to make the model longer.
 
     Raises:
         ValueError: a named target is not a linear layer of the model, or no layer was named and none was found.
@@ -23,30 +33,41 @@ def add_lora(model: Any, arguments: AdaptationArguments) -> PeftModel:
 
     targets = _checked_targets(model, arguments.lora_targets) or attention_targets(model)
     linear = [module for name, module in model.named_modules() if _is_target(name, module, targets)]
+    in_full = [
+        *(norm_names(model) if arguments.train_norms else ()),
+        *(NAMES if projections(model) else ()),
+        *(position_tables(model) if extension_of(model) is not None else ()),
+        *(embedding_names(model) if arguments.train_embeddings else ()),
+    ]
     config = LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=targets,
-        modules_to_save=norm_names(model) if arguments.train_norms else None,
+        use_rslora=arguments.use_rslora,
+        use_dora=arguments.use_dora,
+        modules_to_save=in_full or None,
+        # a head tied to trained embeddings is the same weight afterwards too
+        ensure_weight_tying=arguments.train_embeddings
+        and bool(model.config.get_text_config().tie_word_embeddings),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear),
-        task_type="CAUSAL_LM",
+        task_type=None if is_masked(model) else "CAUSAL_LM",
     )
     return get_peft_model(model, config)
 
 
 def attention_targets(model: Any) -> list[str]:
-    """Return the linear layers of the decoder's attention, e.g. ``self_attn.q_proj``; query, key, value and output.
+    """Return the linear layers of the model's attention, e.g. ``self_attn.q_proj``; query, key, value and output.
 
     Raises:
-        ValueError: the decoder has no module whose class is called ...Attention with linear layers of its own.
+        ValueError: it has no module whose class is called ...Attention with linear layers of its own.
     """
     names = {
         f"{path.rpartition('.')[2]}.{child}"
-        for path, module in model.get_decoder().named_modules()
-        if type(module).__name__.endswith("Attention")
+        for path, module in mask_owner(model).named_modules()
+        if type(module).__name__.endswith(_ATTENTION)
         for child, layer in module.named_children()
-        if isinstance(layer, (nn.Linear, Conv1D))
+        if isinstance(layer, (nn.Linear, Conv1D)) and child not in NAMES
     }
     if not names:
         raise ValueError(
@@ -55,14 +76,20 @@ def attention_targets(model: Any) -> list[str]:
     return sorted(names)
 
 
-def norm_names(model: Any) -> list[str] | None:
-    """Return the names of the decoder's normalisation layers, e.g. ``input_layernorm``; None where it has none."""
+def norm_names(model: Any) -> list[str]:
+    """Return the names of the model's normalisation layers, e.g. ``input_layernorm``."""
     names = {
         path.rpartition(".")[2]
-        for path, module in model.get_decoder().named_modules()
+        for path, module in mask_owner(model).named_modules()
         if type(module).__name__.endswith("Norm") and any(True for _ in module.parameters(recurse=False))
     }
-    return sorted(names) or None
+    return sorted(names)
+
+
+def embedding_names(model: Any) -> list[str]:
+    """Return the name of the token embeddings, e.g. ``embed_tokens``."""
+    tokens = model.get_input_embeddings()
+    return [path.rpartition(".")[2] for path, module in model.named_modules() if module is tokens]
 
 
 def _checked_targets(model: Any, targets: list[str] | None) -> list[str] | str | None:

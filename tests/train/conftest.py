@@ -1,4 +1,5 @@
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse.train import AdaptationArguments, SparseTrainingArguments
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hf"))  # the tiny models of every architecture
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "recipes" / "tiny_base"
 

@@ -2,22 +2,24 @@
 
 import dataclasses
 import json
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import hf_sparse
 from hf_sparse.hf import settings
-from hf_sparse.train import SparseTrainingArguments, last_complete_checkpoint, prepare, run
+from hf_sparse.train import SparseTrainingArguments, prepare, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +64,7 @@ def test_the_dense_control_starts_equal_sees_the_same_samples_and_runs_full(argu
     dense = prepare(arguments(dense_control=True), training(tmp_path / "b"))
     own, other = sparse.model.state_dict(), dense.model.state_dict()
     assert all(torch.equal(own[name], other[name]) for name in own)
-    assert list(sparse.train_dataset["input_ids"]) == list(dense.train_dataset["input_ids"])
+    assert (sparse.train_dataset.ids == dense.train_dataset.ids).all()
     assert settings(dense.model).pattern == hf_sparse.get_pattern("full")
     assert settings(hf_sparse.load(run(dense))).pattern == hf_sparse.get_pattern("full")
 
@@ -138,11 +140,77 @@ def refused(arguments, training, model):
     return str(caught.value)
 
 
-def test_an_encoder_is_not_trained(arguments, training, base_folder, tmp_path):
+def encoder_folder(base_folder, folder, model):
+    """Return a model beside a tokenizer with the special tokens of an encoder."""
+    copied(base_folder, folder, model)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.add_special_tokens({"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>"})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+BERT = {"vocab_size": 4100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_an_encoder_learns_masked_words_under_its_pattern(arguments, training, base_folder, tmp_path):
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=4096, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    folder = copied(base_folder, tmp_path / "bert", BertForMaskedLM(config))
+    model = BertForMaskedLM(BertConfig(**BERT, intermediate_size=64, max_position_embeddings=96))
+    wanted = arguments(
+        lm_weight=1.0, pattern="longformer", pattern_options={"window": 8, "global_projections": True}
+    )
+    wanted.model = str(encoder_folder(base_folder, tmp_path / "bert", model))
+    trainer = prepare(wanted, training(max_steps=4))
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any("query_global.modules_to_save" in name for name in trained)
+    assert any("output.dense.lora_A" in name for name in trained)
+    assert not any("query_global.lora" in name for name in trained)
+    folder = run(trainer)
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(entry["kl_loss"] + entry["lm_loss"], rel=1e-4)
+    loaded = hf_sparse.load(folder).eval()
+    ids = torch.randint(5, 4000, (2, 40))
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+
+
+def test_an_encoder_without_a_head_for_masked_words_is_not_trained(
+    arguments, training, base_folder, tmp_path
+):
+    config = BertConfig(**BERT, is_decoder=False)
+    config.architectures = ["BertLMHeadModel"]
+    folder = encoder_folder(base_folder, tmp_path / "bert", BertLMHeadModel(config))
     assert f"model={folder} is an encoder: BertLMHeadModel" in refused(arguments, training, folder)
+
+
+def test_the_loss_is_logged_in_parts_with_the_window_as_it_narrows(arguments, training):
+    wanted = arguments(
+        kl_weight=0.5, lm_weight=0.25, attention_weight=0.125, narrow_from=64, narrow_share=0.6
+    )
+    trainer = prepare(wanted, training(max_steps=5))
+    run(trainer)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.narrowing.windows == (64, 32, 16)
+    assert [entry["window"] for entry in logs] == [64, 32, 16, 0, 0]
+    for entry in logs:
+        parts = 0.5 * entry["kl_loss"] + 0.25 * entry["lm_loss"] + 0.125 * entry["attention_loss"]
+        assert entry["loss"] == pytest.approx(parts, rel=1e-3)
+    # every key of a sample is seen in the first step, and nothing has been learnt
+    assert logs[0]["kl_loss"] == pytest.approx(0, abs=1e-6) and logs[-1]["kl_loss"] > 1e-5
+
+
+def test_accumulated_batches_give_the_steps_of_one_large_batch(arguments, training, tmp_path):
+    losses = []
+    for size, times in ((4, 1), (1, 4)):
+        settings = training(
+            tmp_path / f"{size}",
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=times,
+            max_steps=4,
+        )
+        trainer = prepare(arguments(short="pad", lm_weight=0.5), settings)
+        run(trainer)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
 
 
 def test_a_base_with_missing_weights_is_not_trained(arguments, training, base_folder, tmp_path):
@@ -169,113 +237,3 @@ def test_an_adapter_is_no_base_model(arguments, training, tmp_path):
     wanted.model = str(folder)
     with pytest.raises(ValueError, match="is an adapter"):
         prepare(wanted, training(tmp_path / "other"))
-
-
-KILLED = """
-import json, os, signal, sys
-from transformers import TrainerCallback
-from hf_sparse.train import AdaptationArguments, SparseTrainingArguments, prepare, run
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-arguments, training = (json.loads(text) for text in sys.argv[1:])
-trainer = prepare(AdaptationArguments(**arguments), SparseTrainingArguments(**training))
-trainer.add_callback(Kill())
-run(trainer)
-"""
-
-
-def test_a_killed_run_leaves_no_adapter_and_resumes_to_the_same_weights(arguments, training, tmp_path):
-    steps = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
-    straight = run(prepare(arguments(), training(tmp_path / "straight", **steps)))
-    kept = sorted(path.name for path in (tmp_path / "straight").glob("checkpoint-*"))
-    assert kept == ["checkpoint-5"], "the limit of one checkpoint was not kept"
-    checkpoint = tmp_path / "straight" / "checkpoint-5"
-    assert_same_weights(weights(checkpoint), weights(straight))
-    assert json.loads((checkpoint / "sparse_attention.json").read_text()) == json.loads(
-        (straight / "sparse_attention.json").read_text()
-    )
-
-    output = tmp_path / "killed"
-    written = {
-        "output_dir": str(output),
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
-        "seed": 1,
-        **steps,
-    }
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(arguments().as_json()), json.dumps(written)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [path.name for path in output.iterdir()] == ["checkpoint-2"], "something half-written is left"
-
-    torn = output / "checkpoint-3"  # as if the kill had come while it was written
-    shutil.copytree(output / "checkpoint-2", torn)
-    os.truncate(torn / "optimizer.pt", 100)
-    resumed = prepare(arguments(), training(output, resume_from_checkpoint="auto", **steps))
-    assert Path(resumed.args.resume_from_checkpoint).name == "checkpoint-2"
-    assert_same_weights(weights(run(resumed)), weights(straight))
-
-
-def test_checkpoints_say_what_is_wrong_with_them(arguments, training, caplog):
-    steps = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    output = run(prepare(arguments(), training(**steps))).parent
-    newest, older = output / "checkpoint-2", output / "checkpoint-1"
-    assert last_complete_checkpoint(output) == newest
-    intact = {path.name: path.read_bytes() for path in newest.iterdir()}
-    for name in set(intact) - {"complete.json"}:
-        (newest / name).write_bytes(intact[name][:-1])
-        assert last_complete_checkpoint(output) == older
-        assert f"{name} has {len(intact[name]) - 1} bytes instead of {len(intact[name])}" in caplog.text
-        (newest / name).unlink()
-        assert last_complete_checkpoint(output) == older
-        assert f"{name} is missing" in caplog.text
-        (newest / name).write_bytes(intact[name])
-    (newest / "complete.json").unlink()
-    assert last_complete_checkpoint(output) == older
-    with pytest.raises(
-        ValueError, match=r"cannot resume from .*checkpoint-2: it has no readable complete.json"
-    ):
-        prepare(arguments(), training(resume_from_checkpoint=str(newest), **steps))
-    with pytest.raises(ValueError, match="was trained with lora_r=4, not 2; give another --output_dir"):
-        prepare(arguments(lora_r=2), training(resume_from_checkpoint="auto", **steps))
-    for changes, named in (
-        ({"seed": 2}, "seed=1, not 2"),
-        (
-            {"gradient_accumulation_steps": 2},
-            "batch size * gradient_accumulation_steps * processes=2, not 4",
-        ),
-    ):
-        with pytest.raises(ValueError, match=re.escape(f"was trained with {named}; give another")):
-            prepare(arguments(), training(resume_from_checkpoint="auto", **steps, **changes))
-
-
-@pytest.mark.parametrize(
-    "manifest",
-    [
-        '{"files": {}}',
-        '{"files": []}',
-        '{"files": {}, "trained_with": null}',
-        '{"files": {"a": 1}, "trained_with": null}',
-        '{"files": 1, "trained_with": {}}',
-        "[]",
-    ],
-)
-def test_a_manifest_that_says_nothing_is_passed_over(tmp_path, manifest, caplog):
-    (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / "complete.json").write_text(manifest)
-    (tmp_path / "checkpoint-1" / "a").write_text("x")
-    assert last_complete_checkpoint(tmp_path) is None
-    assert "passing over checkpoint" in caplog.text and "complete.json" in caplog.text

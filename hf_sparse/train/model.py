@@ -1,0 +1,68 @@
+"""The model that is adapted: loaded, made longer where that is asked for, patched, with LoRA on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..evaluate.head import is_masked
+from ..hf import patch_model
+from ..hf.describe import is_causal
+from ..hf.extension import extend_positions, readable_tokens
+from ..hf.loading import language_model_class, load_base, load_tokenizer, read_config
+from ..hf.sources import check_source, is_adapter
+from .config.model import ModelArguments
+
+
+def load_patched(arguments: ModelArguments, length: int) -> tuple[Any, Any]:
+    """Return the base model under its pattern, on the CPU and in the dtype asked for, and its tokenizer.
+
+    Args:
+        length: tokens of a sample, which the model must be able to read.
+    Raises:
+        ValueError: an adapter, a model that cannot be loaded, read so many tokens, or run the pattern.
+    """
+    name = arguments.model
+    if is_adapter(name):
+        raise ValueError(f"model={name} is an adapter; name the model it was trained on, or merge it first.")
+    check_source(name)
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # the adapter remembers it, and must find it from any folder
+    config = read_config(name, {})  # where it is broken, the tokenizer would be blamed
+    tokenizer = load_tokenizer(name)
+    model = load_base(name, language_model_class(config), dtype=getattr(torch, arguments.dtype))
+    if not is_causal(model) and not is_masked(model):
+        raise ValueError(
+            f"model={arguments.model} is an encoder: {type(model).__name__} lets a token see the ones it is trained "
+            "to predict; save it as a masked language model, or give a causal one."
+        )
+    _make_long(model, arguments, length)
+    patch_model(
+        model,
+        arguments.chosen_pattern(),
+        backend=arguments.backend,
+        layers=arguments.layers,
+        seq_len=length,
+    )
+    model.config.use_cache = False
+    return model, tokenizer
+
+
+def _make_long(model: Any, arguments: ModelArguments, length: int) -> None:
+    """Make the model read samples of `length` tokens, or raise ValueError."""
+    trained = readable_tokens(model)
+    if trained is None or length <= trained:
+        if arguments.extend_positions is not None:
+            raise ValueError(
+                f"extend_positions={arguments.extend_positions} has nothing to do: {type(model).__name__} reads "
+                f"{trained or 'any number of'} tokens and length={length}; leave it out."
+            )
+        return
+    if arguments.extend_positions is None:
+        raise ValueError(
+            f"length={length} is beyond the {trained} positions of {type(model).__name__}; use length={trained} or "
+            "less, or choose how it reads more with extend_positions."
+        )
+    extend_positions(model, length, arguments.extend_positions)
