@@ -93,6 +93,17 @@ def test_who_interrupts_it_is_told_how_to_go_on(command, tmp_path, capsys, monke
     assert f"with --resume to go on from the last checkpoint in {tmp_path / 'run'}" in capsys.readouterr().err
 
 
+def test_who_runs_out_of_space_is_told_how_to_go_on(command, tmp_path, capsys, monkeypatch):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_sparse.train.checkpoints.trainer.write_manifest", full)
+    assert main([*command, "sliding_window", "--window", "8", "--save-every", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "checkpoint-1 cannot be written (" in err and "make room, then go on with --resume" in err, err
+    assert "resume_from_checkpoint" not in err
+
+
 def test_every_spelling_of_a_pattern_arrives(command, seen, tmp_path):
     file = tmp_path / "heads.json"
     apart = SlidingWindow(4) | Strided(3)
@@ -185,7 +196,18 @@ def test_every_setting_of_an_adaptation_has_an_option(command):
         (["sliding_window", "--stride", "3"], r"sliding_window has no option --stride"),
         (["sliding_window", "--lr", "0"], r"--lr must be above 0, got 0\.0"),
         (["sliding_window", "--steps", "0"], r"--steps must be >= 1, got 0"),
-        (["sliding_window", "--warmup", "-1"], r"--warmup must be >= 0, got -1"),
+        (["sliding_window", "--warmup", "-1"], r"--warmup must be >= 0 and below the 2 of --steps, got -1"),
+        (["sliding_window", "--warmup", "2"], r"--warmup must be >= 0 and below the 2 of --steps, got 2"),
+        (["sliding_window", "--weight-decay", "nan"], r"--weight-decay must be at least 0, got nan"),
+        (
+            ["sliding_window", "--hub-model-id", "a/b"],
+            r"--hub-model-id goes with --push-to-hub, which is not given",
+        ),
+        (["sliding_window", "--eval-length", "9"], r"--eval-length goes with --eval-every"),
+        (["sliding_window", "--eval-documents", "9"], r"--eval-documents goes with --eval-every"),
+        (["sliding_window", "--narrow-share", "0.1"], r"--narrow-share goes with --narrow-from"),
+        (["sliding_window", "--encoding-errors", "x"], r"--encoding-errors must be one of strict"),
+        (["sliding_window", "--push-to-hub"], r"--push-to-hub would publish .* without --push-to-hub"),
         (["sliding_window", "--batch-size", "0"], r"--batch-size must be a whole number >= 1, got 0"),
         (
             ["sliding_window", "--kl-weight", "0"],
@@ -199,6 +221,10 @@ def test_every_setting_of_an_adaptation_has_an_option(command):
         (["sliding_window", "--window", "8", "--lora-targets", "nothing"], r"--lora-targets names 'nothing'"),
         (["sliding_window", "--eval-text", "a.txt"], r"--eval-text would never be read; .* --eval-every N"),
         (["sliding_window", "--eval-every", "3"], r"--eval-every 3 needs texts .* with --eval-text"),
+        (
+            ["layered"],
+            r"layered\(pattern=sliding_window\(window=512\), dense_every=4\) leaves nothing out",
+        ),
         (
             ["sliding_window", "--report-to", "wadnb"],
             r"--report-to wadnb is not installed here or not known .* none",

@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _check_schedule(args)
-    _check_texts(args)
+    _check_partners(args)
+    with named_as_options():
+        _check_texts(args)
     pattern = _pattern(args)
 
     import transformers
@@ -126,5 +128,20 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--eval-every {args.eval_every} needs texts that are not trained on; name them with --eval-text"
         )
-    if args.warmup_steps is not None and args.warmup_steps < 0:
-        raise ValueError(f"--warmup must be >= 0, got {args.warmup_steps}")
+    steps, warmup = training_settings(args)["max_steps"], args.warmup_steps
+    if warmup is not None and not 0 <= warmup < steps:
+        raise ValueError(f"--warmup must be >= 0 and below the {steps} of --steps, got {warmup}")
+
+
+def _check_partners(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that would do nothing, as it belongs to one that is not given."""
+    for name, wanted, flag in (
+        ("hub_model_id", args.push_to_hub, "push-to-hub"),
+        ("eval_documents", args.eval_every, "eval-every"),
+        ("eval_length", args.eval_every, "eval-every"),
+        ("narrow_share", args.narrow_from, "narrow-from"),
+    ):
+        if getattr(args, name) is not None and not wanted:
+            raise ValueError(
+                f"--{dashed(name)} goes with --{flag}, which is not given; give it, or leave it out"
+            )

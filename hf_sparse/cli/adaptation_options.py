@@ -49,7 +49,7 @@ _TRAINING: tuple[tuple[str, str, Any, Any, str], ...] = (
         "cosine",
         "how it goes on: cosine, linear, constant_with_warmup, ...",
     ),
-    ("warmup", "warmup_steps", int, 5, "steps until it is reached"),
+    ("warmup", "warmup_steps", int, 5, "steps until it is reached, by default fewer where --steps is less"),
     ("weight-decay", "weight_decay", float, 0.0, "of the optimizer"),
     ("optimizer", "optim", str, TrainingArguments.optim, "as transformers calls it"),
     ("seed", "seed", int, 0, "of the first LoRA matrices, of dropout, masks and the order of the samples"),
@@ -98,6 +98,8 @@ def training_settings(args: argparse.Namespace) -> dict[str, Any]:
     for _, setting, _, default, _ in _TRAINING:
         given = getattr(args, setting)
         settings[setting] = default if given is None else given
+    if args.warmup_steps is None:  # the rate must be above 0 in some step
+        settings["warmup_steps"] = min(settings["warmup_steps"], settings["max_steps"] - 1)
     return settings
 
 
@@ -140,12 +142,13 @@ _FLAGS = {
     "eval_strategy": "--eval-every",
     "eval_steps": "--eval-every",
 }
-# A plain word is a setting only where a value or a verb follows: sentences have words of their own.
+# A plain word is a setting only where a value or a verb follows: sentences have words of their own, and patterns, as
+# they are written out, options of their own: rerope(window=16, pattern=full()).
 _SETTING = re.compile(
     r"(?<![\w./-])(?:--)?(?:("
     + "|".join(sorted((n for n in _FLAGS if "_" in n), key=len, reverse=True))
     + r")\b(=)?"
-    r"|("
+    r"|(?<!\()(?<!, )("
     + "|".join(sorted((n for n in _FLAGS if "_" not in n), key=len, reverse=True))
     + r")(?:(=)(?=\S)|(?= must ))"
     r")(?!\.\w)"
@@ -154,11 +157,19 @@ _SETTING = re.compile(
 
 @contextlib.contextmanager
 def named_as_options() -> Iterator[None]:
-    """Let a ValueError raised inside the block name the options of the command line, not the settings they became."""
+    """Let an error raised inside the block name the options of the command line, not the settings they became."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(_SETTING.sub(_as_option, str(error))) from None
+        raise ValueError(_as_options(str(error))) from None
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise OSError(error.errno, _as_options(error.strerror), error.filename) from None
+
+
+def _as_options(message: str) -> str:
+    return _SETTING.sub(_as_option, message.replace("resume_from_checkpoint=auto", "--resume"))
 
 
 def _as_option(found: re.Match[str]) -> str:

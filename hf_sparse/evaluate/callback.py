@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+LOWER_IS_BETTER = ("perplexity", "nats_per_token", "nats_above_dense")  # how the names of such figures end
+FIGURES = (  # of a patched model, without those of `without_adapter`
+    *("eval_dense_perplexity", "eval_dense_nats_per_token"),
+    *("eval_sparse_perplexity", "eval_sparse_nats_per_token"),
+    *("eval_sparse_nats_above_dense", "eval_sparse_density"),
+)
+
+
 class PerplexityCallback(TrainerCallback):
     """Scores documents at every evaluation of the Trainer, and every so many steps.
 
@@ -28,9 +36,9 @@ class PerplexityCallback(TrainerCallback):
     ``eval_sparse_nats_above_dense`` and ``eval_sparse_density``, counted while it ran; with `without_adapter` the same
     for the model without its adapter as ``eval_base_dense_...`` and ``eval_base_sparse_...``. An unpatched model has
     the dense ones only. They are logged as the Trainer logs, into ``log_history`` and to all it reports to, and those
-    of an evaluation may be the ``metric_for_best_model``; callbacks that read that, such as EarlyStoppingCallback, are
-    added after this one. Measured is the model in the precision it is trained in; it and the random numbers of the
-    training are as they were afterwards. Processes share the documents.
+    of an evaluation may be the ``metric_for_best_model``, with ``greater_is_better=False``; callbacks that read that,
+    such as EarlyStoppingCallback, are added after this one. Measured is the model in the precision it is trained in; it
+    and the random numbers of the training are as they were afterwards. Processes share the documents.
 
     Used as ``trainer.add_callback(PerplexityCallback(trainer, documents, max_length=4096))``.
 

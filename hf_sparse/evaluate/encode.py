@@ -154,7 +154,7 @@ def _check(
             raise ValueError(f"{setting} must be a whole number >= 1, got {value!r}.")
     if not texts:
         raise ValueError("there are no documents to encode; give at least one.")
-    refuse_empty(texts)
+    refuse_empty(texts, "leave it out")
     if base.config.is_encoder_decoder:
         raise ValueError(f"{name} has an encoder and a decoder; give model.get_encoder() alone.")
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch import nn
-
 from .active import is_switched, settings
 from .extension import restore_extension
 from .loading import (
-    adapter_weights,
     base_of,
+    check_weights,
     patch_as_saved,
     put_adapter,
     read_adapter_config,
@@ -25,13 +23,12 @@ from .projection_files import read_projections
 from .sources import ADAPTER_CONFIG, SIDECAR, is_adapter
 from .stored_settings import SparseSettings
 
-_PREFIX = "base_model.model."  # of every weight that peft saves
-
 
 def load_adapter(model: Any, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> Any:
     """Return `model` as a `PeftModel` with the adapter of that folder on it, under the adapter's own pattern.
 
-    A dense model is patched first; one that is patched must run the same pattern in the same layers.
+    A dense model is patched first; one that is patched must run the same pattern in the same layers. Where weights of
+    the adapter turn out to be of another shape, the model is of no use afterwards.
 
     Raises:
         ValueError: no adapter there or a damaged one, a model that runs another pattern, was extended otherwise, has an
@@ -53,7 +50,7 @@ def load_adapter(model: Any, folder: str | os.PathLike[str], *, is_trainable: bo
     else:
         _check_pattern(settings(model), saved, path, name)
     try:
-        _check_weights(model, path, base)
+        check_weights(model, path, config)
         if dense:
             read_projections(model, base, required=False)
     except ValueError:
@@ -97,15 +94,3 @@ def _check_kind(model: Any, folder: str, base: str) -> None:
 def _shape(config: Any) -> str:
     text = config.get_text_config()
     return f"{text.model_type} with {text.num_hidden_layers} layers of width {text.hidden_size}"
-
-
-def _check_weights(model: nn.Module, folder: str, base: str) -> None:
-    """Raise ValueError where a weight of the adapter belongs to a module that the model lacks: peft would drop it."""
-    modules = {name for name, _ in model.named_modules()}
-    for weight in adapter_weights(folder):
-        path = weight.removeprefix(_PREFIX)
-        if (path.partition(".lora_")[0] if ".lora_" in path else path.rpartition(".")[0]) not in modules:
-            raise ValueError(
-                f"adapter {folder} was trained on {base} and has the weight {path}, for which {type(model).__name__} "
-                f"has no place; load {base} for it"
-            )

@@ -29,6 +29,7 @@ from .weights import attention_weights, weights_of_parts, weights_wanted
 
 _FULL = get_pattern("full")
 _COMPUTE = "_hf_sparse_compute"  # what a module's attention is computed by, in place of `attend`
+_KEPT = "_hf_sparse_kept"  # the list that a module's outputs are added to
 
 
 def sparse_attention(
@@ -103,6 +104,8 @@ def sparse_attention(
     out = out.transpose(1, 2).contiguous()
     if not is_dense:
         out = replace_global_rows(module, query, key, value, out, call, segments, trial=probe is not None)
+    if (kept := module.__dict__.get(_KEPT)) is not None:
+        kept.append(out.transpose(1, 2))
     if not weights_wanted(output_attentions):
         return out, None
     if parts is not None:
@@ -238,6 +241,20 @@ def computed_by(
             module.__dict__.pop(_COMPUTE)
             if previous is not None:
                 module.__dict__[_COMPUTE] = previous
+
+
+@contextmanager
+def kept_outputs(model: nn.Module, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Collect what each sparse attention call of `model` gives inside the block, [B, H, Q, Dv], in order, if wanted."""
+    outputs: list[Tensor] = []
+    modules = list(model.modules()) if wanted else []
+    for module in modules:
+        module.__dict__[_KEPT] = outputs
+    try:
+        yield outputs
+    finally:
+        for module in modules:
+            module.__dict__.pop(_KEPT)
 
 
 def dense_instead(

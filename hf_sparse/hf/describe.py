@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..backends import Call, Inputs, preview
+from ..backends import Call, Choice, Inputs, preview
 from ..patterns import Pattern
 from ..patterns.base import short
 from ..plan import Constraint, Cost, cost
@@ -96,22 +96,12 @@ def _backend(
     """Return what computes the first sparse layer, without gradients and, where that differs, in training."""
     if current.backend == "reference":
         return "reference: dense masked softmax, quadratic"
-    softcap, rate = getattr(config, "attn_logit_softcapping", None), _dropout(config)
-    heads = query_heads(config) or 1
     parameter = next(base.parameters())
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    constraint = Constraint(is_causal(base))
-    call = Call(current.pattern_at(sparse[0]), constraint, softcap=softcap, layer=sparse[0])
-    inputs = Inputs(parameter.device, parameter.dtype, size, False)
-    usual = preview(call, inputs, heads=heads, length=length, backend=current.backend)
+    asked = (base, current, sparse[0], length, parameter.device, parameter.dtype)
+    usual = preview_layer(*asked, training=False)
+    softcap, rate = getattr(config, "attn_logit_softcapping", None), _dropout(config)
     try:
-        training = preview(
-            replace(call, dropout=rate),
-            replace(inputs, gradients=True),
-            heads=heads,
-            length=length,
-            backend=current.backend,
-        )
+        training = preview_layer(*asked, training=True)
         also = f"{training.backend}, operator {training.operator}" if training != usual else ""
     except ValueError as reason:  # an explicit backend that only computes forward
         also = f"refused ({reason})"
@@ -123,6 +113,35 @@ def _backend(
     if current.backend == "auto":
         line += "; dense where the pattern covers everything"
     return line
+
+
+def preview_layer(
+    base: PreTrainedModel,
+    current: SparseSettings,
+    layer: int,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    training: bool,
+) -> Choice:
+    """Return what would compute a layer of a patched model on `length` tokens, there and in that type.
+
+    Raises:
+        ValueError: the backend asked for cannot, in training for want of a backward pass or of dropout.
+    """
+    config = base.config.get_text_config()
+    heads = query_heads(config) or 1
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    call = Call(
+        current.pattern_at(layer),
+        Constraint(is_causal(base)),
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        dropout=_dropout(config) if training else 0.0,
+        layer=layer,
+    )
+    inputs = Inputs(device, dtype, size, training)
+    return preview(call, inputs, heads=heads, length=length, backend=current.backend)
 
 
 def _dropout(config: Any) -> float:

@@ -20,6 +20,7 @@ from .stored_settings import SparseSettings, settings_from_json
 
 CAUSAL_LM = "AutoModelForCausalLM"
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+_SAVED = "base_model.model."  # before the name of every layer's weight that peft saves
 _REASON = 240  # characters of another library's message that are quoted
 
 
@@ -156,9 +157,10 @@ def put_adapter(model: Any, folder: str, name: str = "default", *, is_trainable:
     Raises:
         ValueError: an adapter that is damaged, of an unknown type, incomplete, or of another model.
     """
-    read_adapter_config(folder)
+    config = read_adapter_config(folder)
     from peft import PeftModel
 
+    check_weights(model.get_base_model() if isinstance(model, PeftModel) else model, folder, config)
     try:
         with warnings.catch_warnings():
             # Adapter weights that are not there would be left at random.
@@ -171,6 +173,33 @@ def put_adapter(model: Any, folder: str, name: str = "default", *, is_trainable:
         raise ValueError(
             f"adapter {folder} does not fit its base model ({reason(error)}); save it again"
         ) from error
+
+
+def check_weights(model: Any, folder: str, config: dict[str, Any]) -> None:
+    """Raise ValueError where a weight of the adapter belongs to a module that the model lacks: peft would drop it.
+
+    Args:
+        model: without any adapter, or the base model of a `PeftModel`.
+        config: the adapter's, as `read_adapter_config` gives it.
+    """
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    own = PEFT_TYPE_TO_PREFIX_MAPPING[
+        PeftType(config["peft_type"])
+    ]  # of the names peft gives to what it adds
+    modules = {name for name, _ in model.named_modules()}
+    for weight in adapter_weights(folder):
+        path = weight.removeprefix(_SAVED)
+        if path == weight:
+            continue  # shared by all layers, such as VeRA's, or none of a layer, such as virtual tokens
+        added = re.search(rf"\.({own}|token_adapter\.)", path)
+        place = path[: added.start()] if added else path.rpartition(".")[0]
+        if place.replace(".base_layer", "") not in modules:
+            raise ValueError(
+                f"adapter {folder} was trained on {config.get('base_model_name_or_path')} and has the weight {path}, "
+                f"for which {type(model).__name__} has no place; load what it was trained on"
+            )
 
 
 def reason(error: BaseException) -> str:

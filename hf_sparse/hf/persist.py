@@ -104,8 +104,8 @@ def _load_adapter(path: str, *, is_trainable: bool = False, **kwargs: Any) -> An
 def save_adapter(
     model: Any, folder: str | os.PathLike[str], *, state_dict: dict[str, Any] | None = None
 ) -> None:
-    """Save the adapter of a patched `PeftModel` with its pattern beside it, and how its base was extended, if it was;
-    `hf_sparse.load` reads all of it.
+    """Save the active adapter of a patched `PeftModel` with its pattern beside it, and how its base was extended, if it
+    was; `hf_sparse.load` reads all of it.
 
     The files are written elsewhere and moved in, the pattern last: without it the folder does not load. Global
     projections that were trained belong to the adapter when it was made with
@@ -129,18 +129,22 @@ def save_adapter(
     _refuse_lost_projections(model)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    name = model.active_adapter
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        model.save_pretrained(str(staging), safe_serialization=True, state_dict=state_dict)
+        model.save_pretrained(
+            str(staging), safe_serialization=True, state_dict=state_dict, selected_adapters=[name]
+        )
+        made = staging if name == "default" else staging / name  # where peft puts one of another name
         # peft's template names the base by its path, and would replace a card that somebody wrote
-        (staging / "README.md").unlink(missing_ok=True)
+        (made / "README.md").unlink(missing_ok=True)
         content = settings_to_json(current)
         if (extension := extension_of(model)) is not None:
             content[EXTENSION] = extension.to_json()
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (target / SIDECAR).unlink(missing_ok=True)
-        for written in sorted(p for p in staging.rglob("*") if p.is_file()):
-            place = target / written.relative_to(staging)
+        for written in sorted(p for p in made.rglob("*") if p.is_file()):
+            place = target / written.relative_to(made)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(written, place)
         (staging / SIDECAR).write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -14,11 +15,11 @@ from ..hf import save_adapter, settings
 from .card import model_card, write_card
 from .checkpoints import checkpoint_to_resume
 from .config import AdaptationArguments
-from .course import trained_with
+from .course import check_steps, trained_with
 from .data import MaskEpochs
 from .datasets import make_datasets
-from .engine import check_engine, check_head, loaded_in_full
-from .evaluation import held_out, score_while_training
+from .engine import check_backend_trains, check_engine, check_head, loaded_in_full, spreads_weights
+from .evaluation import check_best, held_out, score_while_training
 from .export import check_push, push
 from .lora import add_lora
 from .model import load_patched
@@ -40,11 +41,12 @@ def prepare(arguments: AdaptationArguments, training: TrainingArguments) -> Spar
         ValueError: anything that cannot work: an unreadable model or text, a pattern that does not fit the model, a
             length beyond its positions, no document long enough, settings that contradict a checkpoint to resume.
     """
+    training = copy.copy(training)  # what is changed below may be used again
     check_output_folder("output_dir", str(training.output_dir))
     check_engine(training)
     check_report_to(training)
     if training.push_to_hub:
-        check_push(training)
+        check_push(training, arguments.model)
     documents, unreadable = arguments.read_texts()
     shared = trained_with(arguments, training, documents)
     checkpoint = checkpoint_to_resume(
@@ -54,11 +56,14 @@ def prepare(arguments: AdaptationArguments, training: TrainingArguments) -> Spar
         trust_engine_state=getattr(training, "trust_engine_state", False),
     )
     unseen = held_out(arguments, training)
+    check_best(training, scored=bool(unseen) and not spreads_weights(training))
     with loaded_in_full(training):
         model, tokenizer = load_patched(arguments, arguments.length)
+    check_backend_trains(training, model, arguments.length)
     if training.gradient_checkpointing:
         model.enable_input_require_grads()  # the embeddings are frozen, yet the checkpointed blocks need a gradient
     samples, evaluated = make_datasets(arguments, training, model, tokenizer, documents, unseen)
+    check_steps(training, len(samples))
     pushes, training.push_to_hub = training.push_to_hub, False  # the Trainer would push checkpoints
     sparse = settings(model)
     assert sparse is not None, "just patched"
@@ -106,7 +111,9 @@ def run(trainer: SparseTrainer) -> Path:
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     done = trainer.adaptation
     assert done is not None, "made by prepare"
-    figures = None if done.scores is None else done.scores.figures(without_adapter=True)
+    figures, scored = None, 0
+    if done.scores is not None:
+        figures, scored = done.scores.figures(without_adapter=True), len(done.scores.documents)
     model = trainer.accelerator.unwrap_model(trainer.model)
     spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     # collected from all processes
@@ -114,7 +121,9 @@ def run(trainer: SparseTrainer) -> Path:
     if trainer.is_world_process_zero():
         save_adapter(model, folder, state_dict=weights)
         steps = trainer.state.global_step
-        card = model_card(model, done.arguments, trainer.args, done.samples, steps=steps, figures=figures)
+        card = model_card(
+            model, done.arguments, trainer.args, done.samples, steps=steps, figures=figures, scored=scored
+        )
         write_card(folder, card)
         log = json.dumps(trainer.state.log_history, indent=1) + "\n"
         write_atomically(output / LOG, log.encode())

@@ -24,7 +24,7 @@ from .config.schedule import ScheduleArguments
 from .config.trainables import TrainableArguments
 from .data import Samples
 from .figures import nats_per_token, perplexity_section, results
-from .provenance import hub_id, license_of, listed, shown, texts_of, versions
+from .provenance import eval_texts_of, hub_id, license_of, listed, shown, texts_of, versions
 
 CARD = "README.md"
 MARKER = "<!-- Written by hf_sparse, which replaces this file as long as this line is in it. -->"
@@ -39,6 +39,7 @@ def model_card(
     *,
     steps: int,
     figures: Mapping[str, float] | None = None,
+    scored: int = 0,
 ) -> ModelCard:
     """Return the card of a trained adapter. The same training gives the same text, without a path of the machine.
 
@@ -47,11 +48,12 @@ def model_card(
         samples: that it was trained on, for so many `steps`.
         figures: of held-out texts, as `PerplexityCallback` logs them, such as ``eval_base_dense_nats_per_token``; none
             where nothing was measured.
+        scored: how many texts they are of.
     """
     sparse = settings(model)
     assert sparse is not None, "the adapter of a model without a pattern has no card"
     base, found = model.get_base_model(), nats_per_token(figures or {})
-    title = f"{Path(arguments.model).name} under {_name(sparse)}"
+    title = f"{Path(shown(arguments.model)).name} under {_name(sparse)}"
     task = _task(base)
     what = "trained under a sparse attention pattern of hf_sparse and to be run under it"
     if arguments.dense_control:
@@ -64,7 +66,7 @@ def model_card(
         tags=_tags(sparse, "lora"),
         datasets=hub_id(arguments.dataset or ""),
         model_name=title if found else None,
-        eval_results=results(found, task, arguments) if found else None,
+        eval_results=results(found, task, eval_texts_of(arguments, scored)) if found else None,
         **license_of(arguments.model),
     )
     body = [
@@ -72,7 +74,7 @@ def model_card(
         f"A LoRA adapter for {shown(arguments.model)}, {what}.",
         *_model_section(base, sparse, arguments.model, arguments.length),
         *_training_section(model, arguments, training, samples, steps),
-        *perplexity_section(found, arguments),
+        *perplexity_section(found, arguments, eval_texts_of(arguments, scored)),
         LOADING,
         _code(
             'model = hf_sparse.load("FOLDER")  # a folder with these files; its base, patched, with the adapter on'

@@ -7,6 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+from ..hf import settings
+from ..hf.describe import preview_layer
+from ..hf.routing import attention_layers
+
 _REFUSED = {
     "label_smoothing_factor": "is not part of this objective; leave it out",
     "use_liger_kernel": "puts another output head into the model, which this objective runs in chunks; leave it out",
@@ -43,6 +49,27 @@ def check_engine(training: Any) -> None:
             f"ZeRO-3 without {_GATHERED} cannot save the adapter; set it (zero3_save_16bit_model: true in the file of "
             "accelerate)."
         )
+
+
+def check_backend_trains(training: Any, model: Any, length: int) -> None:
+    """Raise ValueError where the backend that was asked for cannot train the patched model on this device.
+
+    Args:
+        length: tokens of a sample.
+    """
+    current = settings(model)
+    assert current is not None, "the model is patched first"
+    if current.backend == "auto":
+        return
+    layer = (current.layers or attention_layers(model.config.get_text_config()))[0]
+    mixed = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    dtype = mixed or next(model.parameters()).dtype
+    preview_layer(model, current, layer, length, training.device, dtype, training=True)
+
+
+def spreads_weights(training: Any) -> bool:
+    """True where no process has the whole model: FSDP, and any stage of DeepSpeed, which takes the model over."""
+    return _uses_fsdp(training) or training.deepspeed_plugin is not None
 
 
 def check_head(training: Any, trained: Sequence[Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.trainer_utils import IntervalStrategy
 
 from ..documents import Document, read_documents, refuse_empty, standard_library
-from ..evaluate.callback import PerplexityCallback
+from ..evaluate.callback import FIGURES, PerplexityCallback
 from .config import AdaptationArguments
 
 
@@ -36,6 +36,28 @@ def held_out(arguments: AdaptationArguments, training: Any) -> list[Document]:
         documents = standard_library("validation")
     longest = sorted(documents, key=lambda document: len(document.text), reverse=True)
     return longest[: arguments.eval_documents]
+
+
+def check_best(training: Any, *, scored: bool) -> None:
+    """Raise ValueError where the best adapter is to be kept by a figure that no evaluation gives.
+
+    Args:
+        scored: evaluations score held-out texts, dense and sparse.
+    """
+    if training.load_best_model_at_end and training.eval_strategy == IntervalStrategy.NO:
+        raise ValueError(
+            "load_best_model_at_end=True needs evaluations to choose by; set eval_strategy and eval_steps, or leave it "
+            "out."
+        )
+    if training.metric_for_best_model is None or training.eval_strategy == IntervalStrategy.NO:
+        return
+    known = ("eval_loss", *(FIGURES if scored else ()))
+    metric = f"eval_{str(training.metric_for_best_model).removeprefix('eval_')}"
+    if metric not in known:
+        raise ValueError(
+            f"metric_for_best_model={training.metric_for_best_model} is not among what is measured; give one of "
+            f"{', '.join(known)}."
+        )
 
 
 def score_while_training(

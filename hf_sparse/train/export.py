@@ -18,7 +18,7 @@ from ..evaluate.output_folder import check_output_folder
 from ..hf import load
 from ..hf.extension import extension_of
 from ..hf.loading import base_of, load_tokenizer, read_adapter_config, read_sidecar, reason
-from ..hf.sources import ADAPTER_CONFIG, is_adapter
+from ..hf.sources import ADAPTER_CONFIG, check_source, is_adapter
 from .card import merged_card, write_card
 
 COMMIT = "Upload the adapter with its pattern"
@@ -50,6 +50,10 @@ def merge(
         )
     saved = read_sidecar(source)
     base = base_of(source, read_adapter_config(source))
+    try:
+        check_source(base)
+    except ValueError as error:
+        raise ValueError(f"the base model of adapter {source} cannot be found: {error}") from None
     _check_target(target, os.fspath(output), {"the adapter": source, "its base model": base}, overwrite)
     tokenizer = load_tokenizer(
         source if os.path.exists(os.path.join(source, "tokenizer_config.json")) else base
@@ -107,6 +111,12 @@ def _merged(model: Any, source: str) -> Any:
         raise ValueError(
             f"{source} is of the type {kind}, which has no weights to merge; use it as it is, with hf_sparse.load"
         )
+    base = model.get_base_model()
+    if _adapts_a_tied_weight(base):
+        raise ValueError(
+            f"{source} changes one of the embeddings and the head of {type(base).__name__}, which share their weight: "
+            "merged in, it would change both; use it as it is, with hf_sparse.load"
+        )
     try:
         with warnings.catch_warnings():
             # trained embeddings leave a tied head behind: peft unties the config, and says so
@@ -117,6 +127,14 @@ def _merged(model: Any, source: str) -> Any:
         raise ValueError(
             f"adapter {source} cannot be merged into its base ({reason(error)}); use it as it is, with hf_sparse.load"
         ) from error
+
+
+def _adapts_a_tied_weight(base: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head, tokens = base.get_output_embeddings(), base.get_input_embeddings()
+    tied = head is not None and head.weight is tokens.weight
+    return tied and any(isinstance(module, BaseTunerLayer) for module in (head, tokens))
 
 
 def _check_space(model: Any, target: Path) -> None:
@@ -158,12 +176,20 @@ def _replace(staging: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_push(training: TrainingArguments) -> None:
-    """Raise ValueError where `push` could not work after the training: no valid name, or not logged in to the hub."""
+def check_push(training: TrainingArguments, model: str) -> None:
+    """Raise ValueError where `push` could not work after the training: no valid name, or not logged in to the hub.
+
+    Nor would an adapter of a `model` in a folder be of use to others: it names its base by that path.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
+    if os.path.isdir(model):
+        raise ValueError(
+            f"push_to_hub would publish an adapter whose base is the folder {model} of this machine; name the model by "
+            "its hub id, or train without push_to_hub, merge the adapter and upload the whole model."
+        )
     name = hub_name(training)
     try:
         validate_repo_id(name)

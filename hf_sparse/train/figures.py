@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from huggingface_hub import EvalResult
 
 from .config import AdaptationArguments
-from .provenance import eval_texts_of
 
 _ROWS = {  # as PerplexityCallback names them
     "base_dense": "base model, dense attention",
@@ -25,8 +24,8 @@ def nats_per_token(figures: Mapping[str, float]) -> dict[str, float]:
     return {name: figures[key] for name, key in keys.items() if key in figures}
 
 
-def perplexity_section(nats: Mapping[str, float], arguments: AdaptationArguments) -> list[str]:
-    """Return the part of a card with the table, or with the command that measures what is missing."""
+def perplexity_section(nats: Mapping[str, float], arguments: AdaptationArguments, texts: str) -> list[str]:
+    """Return the part of a card with the table of what was measured on the `texts`, or the command that does it."""
     if not nats:
         command = shlex.join(["hf-sparse", "eval", "FOLDER", "--length", str(arguments.length)])
         return [
@@ -40,18 +39,18 @@ def perplexity_section(nats: Mapping[str, float], arguments: AdaptationArguments
     length = arguments.eval_length or arguments.length
     return [
         "## Perplexity",
-        f"Of {eval_texts_of(arguments)}, up to {length:,} tokens of each, in the precision of the training:",
+        f"Of {texts}, up to {length:,} tokens of each, in the precision of the training:",
         "\n".join(["| | perplexity | nats/token | above dense |", "|---|---|---|---|", *rows]),
     ]
 
 
-def results(nats: Mapping[str, float], task: str | None, arguments: AdaptationArguments) -> list[EvalResult]:
-    """Return the perplexities for the metadata of a card."""
+def results(nats: Mapping[str, float], task: str | None, texts: str) -> list[EvalResult]:
+    """Return the perplexities of the `texts` for the metadata of a card."""
     return [
         EvalResult(
             task_type=task or "text-generation",
             dataset_type="text",
-            dataset_name=eval_texts_of(arguments).replace("`", ""),
+            dataset_name=texts.replace("`", ""),
             metric_type="perplexity",
             metric_name=f"perplexity {_ROWS[name]}",
             metric_value=round(_perplexity(value), 4),

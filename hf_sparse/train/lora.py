@@ -11,7 +11,9 @@ from ..evaluate.head import is_masked
 from ..hf.extension import extension_of, position_tables
 from ..hf.global_projections import NAMES, projections
 from ..hf.hooks import mask_owner
+from ..hf.loading import reason
 from .config import AdaptationArguments
+from .in_full import hold_in_float32
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,7 +29,8 @@ def add_lora(model: Any, arguments: AdaptationArguments) -> PeftModel:
     positions that were copied to make the model longer.
 
     Raises:
-        ValueError: a named target is not a linear layer of the model, or no layer was named and none was found.
+        ValueError: a named target is not a linear layer of the model, no layer was named and none was found, or peft
+            cannot put this LoRA on them.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -53,7 +56,16 @@ def add_lora(model: Any, arguments: AdaptationArguments) -> PeftModel:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear),
         task_type=None if is_masked(model) else "CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        cure = "leave use_dora out, or " if arguments.use_dora else ""
+        raise ValueError(
+            f"peft cannot put this LoRA on {type(model).__name__} ({reason(error)}); {cure}name other layers with "
+            "lora_targets."
+        ) from error
+    hold_in_float32(adapted)
+    return adapted
 
 
 def attention_targets(model: Any) -> list[str]:
@@ -100,6 +112,14 @@ def _checked_targets(model: Any, targets: list[str] | None) -> list[str] | str |
             raise ValueError(
                 f"lora_targets names {target!r}, which is no linear layer of {type(model).__name__}; "
                 f"its attention has: {', '.join(attention_targets(model))}."
+            )
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        named = [name for name, module in model.named_modules() if module is head]
+        if any(_is_target(name, head, targets or []) for name in named):
+            raise ValueError(
+                f"lora_targets names {named[0]}, the head of {type(model).__name__} whose weight the embeddings share: "
+                "it could not be merged; train both with train_embeddings, or leave it out."
             )
     return targets
 

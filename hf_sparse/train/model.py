@@ -12,6 +12,7 @@ from ..hf import patch_model
 from ..hf.describe import is_causal
 from ..hf.extension import extend_positions, readable_tokens
 from ..hf.loading import language_model_class, load_base, load_tokenizer, read_config
+from ..hf.projection_files import read_projections
 from ..hf.sources import check_source, is_adapter
 from .config.model import ModelArguments
 
@@ -22,7 +23,8 @@ def load_patched(arguments: ModelArguments, length: int) -> tuple[Any, Any]:
     Args:
         length: tokens of a sample, which the model must be able to read.
     Raises:
-        ValueError: an adapter, a model that cannot be loaded, read so many tokens, or run the pattern.
+        ValueError: an adapter, an encoder-decoder, a model that cannot be loaded, read so many tokens, or run the
+            pattern.
     """
     name = arguments.model
     if is_adapter(name):
@@ -31,6 +33,11 @@ def load_patched(arguments: ModelArguments, length: int) -> tuple[Any, Any]:
     if Path(name).is_dir():
         name = str(Path(name).resolve())  # the adapter remembers it, and must find it from any folder
     config = read_config(name, {})  # where it is broken, the tokenizer would be blamed
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"model={arguments.model} is an encoder-decoder ({config.model_type}), which this objective does not "
+            "train; give a causal language model, or an encoder with a head for masked words."
+        )
     tokenizer = load_tokenizer(name)
     model = load_base(name, language_model_class(config), dtype=getattr(torch, arguments.dtype))
     if not is_causal(model) and not is_masked(model):
@@ -46,6 +53,7 @@ def load_patched(arguments: ModelArguments, length: int) -> tuple[Any, Any]:
         layers=arguments.layers,
         seq_len=length,
     )
+    read_projections(model, name, required=False)
     model.config.use_cache = False
     return model, tokenizer
 

@@ -21,8 +21,10 @@ _LICENSE = ("license", "license_name", "license_link")
 
 
 def shown(name: str) -> str:
-    """Return a hub id or a relative path as it is, of any other path the last name."""
-    return Path(name).name if os.path.isabs(name) else name
+    """Return a hub id or a path below the working folder as it is, of any other path the last name."""
+    parts = Path(name).parts  # none in "."
+    below = parts and not os.path.isabs(name) and ".." not in parts
+    return name if below else os.path.basename(os.path.abspath(name))
 
 
 def hub_id(name: str) -> str | None:
@@ -58,9 +60,10 @@ def texts_of(arguments: AdaptationArguments) -> str:
     return "the dataset " + ", ".join(filter(None, parts))
 
 
-def eval_texts_of(arguments: AdaptationArguments) -> str:
-    """Return what it was measured on, in words."""
-    return f"{arguments.eval_documents} held-out documents of {_texts(arguments.eval_text, 'validation')}"
+def eval_texts_of(arguments: AdaptationArguments, documents: int) -> str:
+    """Return what it was measured on, so many documents, in words."""
+    held_out = "1 held-out document" if documents == 1 else f"{documents:,} held-out documents"
+    return f"{held_out} of {_texts(arguments.eval_text, 'validation')}"
 
 
 def versions() -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..evaluate.head import ChunkedHead, States
-from ..hf.attention import computed_by, dense_instead
+from ..hf.attention import computed_by, dense_instead, kept_outputs
 from ..hf.hooks import mask_owner
 from ..hf.placing import positions_of
 
@@ -42,15 +42,8 @@ class Teacher:
     @torch.no_grad()
     def read(self, inputs: dict[str, Tensor], keep_attention: bool) -> tuple[States, list[Tensor]]:
         """Return the states of a batch and, if asked for, the output [B, H, N, D] of each attention layer in order."""
-        outputs: list[Tensor] = []
-
-        def dense(*call: Any) -> Tensor:
-            out = dense_instead(*call)
-            if keep_attention:
-                outputs.append(out)
-            return out
-
-        with self._plain(), computed_by(self.adapted, dense, is_dense=True):
+        dense = computed_by(self.adapted, dense_instead, is_dense=True)
+        with self._plain(), dense, kept_outputs(self.adapted, keep_attention) as outputs:
             states = self.head.states(**inputs)
         return states, outputs
 

@@ -185,7 +185,7 @@ def test_an_adapter_and_low_precision_are_seen(encoder_tokenizer):
 @pytest.mark.parametrize(
     ("documents", "settings", "message"),
     [
-        (["a text", " \n"], {}, "document 1 holds no text"),
+        (["a text", " \n"], {}, "document 1 holds no text; leave it out"),
         ([Document("empty.txt", "")], {}, "empty.txt holds no text"),
         ([], {}, "there are no documents to encode"),
         ("one text", {}, "documents must be a list of texts, got a single one"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import logits, random_model, tiny, tokens
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -208,6 +209,46 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"has the weight model\.layers\.1\."):
         load_adapter(shallow, folder)
+
+
+def test_weights_without_a_place_are_not_dropped_and_all_kinds_of_weights_have_one(tmp_path):
+    _, folder, _ = trained("llama", tmp_path)
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    key = next(iter(weights))
+    save_file({**weights, key.replace(".layers.0.", ".layers.7."): weights[key].clone()}, file)
+    with pytest.raises(
+        ValueError, match=r"has the weight model\.layers\.7\.\S+, for which LlamaForCausalLM has no"
+    ):
+        hf_sparse.load(folder)
+
+
+def test_other_kinds_of_adapters_go_on_too(tmp_path):
+    from peft import LoraConfig, OFTConfig, VeraConfig, get_peft_model
+
+    tiny("llama").save_pretrained(tmp_path / "base")
+    own = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    for config in (
+        OFTConfig(**own, oft_block_size=4, use_cayley_neumann=False),
+        VeraConfig(**own, r=2),
+        LoraConfig(**own, r=2, trainable_token_indices=[3]),
+    ):
+        model = get_peft_model(patch_model(base_model(tmp_path / "base"), WINDOW), config)
+        folder = tmp_path / config.peft_type.value
+        hf_sparse.save_adapter(model, folder)
+        for loaded in (hf_sparse.load(folder), load_adapter(base_model(tmp_path / "base"), folder)):
+            assert torch.equal(logits(loaded.eval(), tokens(1, 30)), logits(model.eval(), tokens(1, 30)))
+
+
+def test_the_active_adapter_is_saved_whatever_its_name(tmp_path):
+    from peft import PeftModel
+
+    base, folder, expected = trained("llama", tmp_path)
+    model = PeftModel.from_pretrained(patch_model(base_model(base), WINDOW), folder, adapter_name="mine")
+    model.add_adapter("other", model.peft_config["mine"])
+    hf_sparse.save_adapter(model, tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {path.name for path in folder.iterdir()}
+    assert torch.equal(logits(hf_sparse.load(tmp_path / "again"), tokens(1, 100)), expected)
 
 
 def test_a_folder_or_model_that_cannot_be_used_is_refused(tmp_path):

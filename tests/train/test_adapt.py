@@ -173,6 +173,21 @@ def test_an_encoder_learns_masked_words_under_its_pattern(arguments, training, b
         assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
 
 
+def test_training_goes_on_from_the_projections_the_base_was_saved_with(
+    arguments, training, base_folder, tmp_path
+):
+    pattern = {"pattern": "longformer", "pattern_options": {"window": 8, "global_projections": True}}
+    model = BertForMaskedLM(BertConfig(**BERT, intermediate_size=64, max_position_embeddings=96))
+    hf_sparse.patch_model(model, "longformer", window=8, global_projections=True)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].attention.self.query_global.weight.fill_(0.25)
+    wanted = arguments(**pattern)
+    wanted.model = str(encoder_folder(base_folder, tmp_path / "bert", model))
+    trained = dict(prepare(wanted, training()).model.named_parameters())
+    (name,) = (n for n in trained if "layer.1" in n and "query_global.modules_to_save.default.weight" in n)
+    assert (trained[name] == 0.25).all()
+
+
 def test_an_encoder_without_a_head_for_masked_words_is_not_trained(
     arguments, training, base_folder, tmp_path
 ):

@@ -23,10 +23,11 @@ FIGURES = {
 def card_of(arguments, training):
     """Return a function that gives the card of an adapter as it is before its first step."""
 
-    def make(figures=None, training_changes=(), **changes):
+    def make(figures=None, training_changes=(), scored=0, **changes):
         wanted, settings = arguments(**changes), training(**dict(training_changes))
         trainer = prepare(wanted, settings)
-        return model_card(trainer.model, wanted, settings, trainer.train_dataset, steps=3, figures=figures)
+        samples = trainer.train_dataset
+        return model_card(trainer.model, wanted, settings, samples, steps=3, figures=figures, scored=scored)
 
     return make
 
@@ -76,13 +77,15 @@ def test_the_same_training_gives_the_same_card_and_other_texts_another(card_of, 
 
 
 def test_figures_become_a_table_and_metadata(card_of):
-    card = card_of(FIGURES)
+    card = card_of(FIGURES, scored=5, eval_documents=8)
     assert "| base model, dense attention | 7.389 | 2.0000 | +0.0000 |" in card.text
     assert "| with this adapter, this pattern | 8.373 | 2.1250 | +0.1250 |" in card.text
-    assert "8 held-out documents of the validation split of the standard library" in card.text
+    where = "of the validation split of the standard library"
+    assert f"Of 5 held-out documents {where}" in card.text  # what there was, not what was asked for
     found = {result.metric_name: result.metric_value for result in ModelCard(card.content).data.eval_results}
     assert found["perplexity with this adapter, this pattern"] == 8.3729 and len(found) == 3
-    only = card_of({"eval_sparse_nats_per_token": 2.125}).text
+    only = card_of({"eval_sparse_nats_per_token": 2.125}, scored=1).text
+    assert f"Of 1 held-out document {where}" in only
     assert (
         "| with this adapter, this pattern | 8.373 | 2.1250 |  |" in only and "base model, dense" not in only
     )
@@ -128,6 +131,7 @@ def test_names_as_others_may_read_them(tmp_path, monkeypatch):
         "folder/base",
         "folder",
     )
+    assert (shown("../../customer/folder"), shown(".")) == ("folder", tmp_path.name)
     assert (hub_id("org/name"), hub_id("folder/base"), hub_id(str(tmp_path)), hub_id("")) == (
         "org/name",
         None,

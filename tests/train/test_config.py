@@ -6,6 +6,7 @@ from hf_sparse import PerHead, SlidingWindow, StreamingLLM, Strided, get_pattern
 from hf_sparse.hf import SparseSettings
 from hf_sparse.patterns import pattern_to_json, registry
 from hf_sparse.train import AdaptationArguments, ConfigParser, SparseTrainingArguments
+from hf_sparse.train.config.objective import ObjectiveArguments
 
 
 @pytest.mark.parametrize(
@@ -170,3 +171,17 @@ def test_a_pattern_of_heads_or_layers_comes_from_a_json_file(tmp_path):
         ValueError, match=r"none\.json cannot be read \(No such file or directory\); check the path"
     ):
         AdaptationArguments(pattern=str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kl_weight": -1.0}, "kl_weight must be a number >= 0, got -1.0"),
+        ({"kl_weight": 0.0}, "are all 0: nothing would be learnt"),
+        ({"mask_share": 0.0}, "mask_share must be above 0 and at most 1, got 0.0"),
+        ({"head_chunk": 0}, "head_chunk must be a whole number >= 1, got 0"),
+    ],
+)
+def test_impossible_weights_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveArguments(**settings)

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from hf_sparse.documents import read_documents
 from hf_sparse.evaluate import perplexity
+from hf_sparse.evaluate.callback import FIGURES
 from hf_sparse.hf import settings
 from hf_sparse.train import prepare, run
 
@@ -86,3 +87,37 @@ def test_what_would_not_be_evaluated_is_refused(arguments, training, text_files,
     changes = {name: [text_files[0]] for name in changes}
     with pytest.raises(ValueError, match=message):
         prepare(arguments(**changes), training(**settings))
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("eval_sparse_perplexity", False),
+        ("sparse_nats_above_dense", False),
+        ("eval_loss", False),
+        (None, None),
+    ],
+)
+def test_less_is_better_of_every_figure(training, metric, greater):
+    assert training(**WATCHED, metric_for_best_model=metric).greater_is_better is greater
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True needs evaluations to choose by"),
+        (
+            {**WATCHED, "metric_for_best_model": "eval_perplexity"},
+            "metric_for_best_model=eval_perplexity is not among what is measured; give one of eval_loss, eval_dense_",
+        ),
+    ],
+)
+def test_a_best_adapter_that_nothing_tells_is_refused(arguments, training, text_files, changes, message):
+    wanted = arguments(eval_text=text_files[:1]) if "eval_strategy" in changes else arguments()
+    with pytest.raises(ValueError, match=message):
+        prepare(wanted, training(**changes))
+
+
+def test_the_figures_that_may_choose_are_those_that_are_logged(arguments, training, text_files):
+    trainer = prepare(arguments(eval_text=text_files[:1]), training(**WATCHED))
+    assert set(trainer.adaptation.scores.figures(without_adapter=False)) == set(FIGURES)

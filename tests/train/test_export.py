@@ -1,4 +1,4 @@
-"""Merged models and pushed adapters: the same logits, a folder that is whole, and nothing lost on the way."""
+"""Merged models: the same logits, a folder that is whole, and nothing lost on the way."""
 
 import json
 import shutil
@@ -7,8 +7,7 @@ import stat
 import pytest
 import torch
 import transformers
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,7 @@ import hf_sparse
 from hf_sparse import Longformer, SlidingWindow, StreamingLLM, Strided
 from hf_sparse.hf import settings
 from hf_sparse.hf.extension import extend_positions, extension_of
-from hf_sparse.train.export import check_push, merge, push
+from hf_sparse.train.export import merge
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
@@ -240,60 +239,23 @@ def test_what_is_no_adapter_with_a_pattern_or_cannot_be_merged_is_refused(adapte
     assert not output.exists()
 
 
-def test_pushing_uploads_the_adapters_folder_alone(training, tmp_path, monkeypatch):
-    calls = []
-
-    class Address(str):
-        repo_id = "me/run"
-
-    def create(api, repo_id, **kwargs):
-        calls.append(("create", api.token, repo_id, kwargs))
-        return Address("https://hub/me/run")
-
-    monkeypatch.setattr(HfApi, "create_repo", create)
-    monkeypatch.setattr(
-        HfApi, "create_branch", lambda _, *args, **kwargs: calls.append(("branch", args, kwargs))
-    )
-    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **kwargs: calls.append(("upload", kwargs)))
-    wanted = training(hub_private_repo=True, hub_token="hf_x")
-    assert push(tmp_path / "run" / "adapter", wanted) == "https://hub/me/run"
-    (_, token, name, asked), (_, sent) = calls
-    assert (token, name, asked) == ("hf_x", "run", {"private": True, "exist_ok": True})
-    assert sent["folder_path"] == str(tmp_path / "run" / "adapter") and sent["repo_id"] == "me/run"
-    assert sent["revision"] is None
-    calls.clear()
-    push(tmp_path, training(hub_model_id="org/other", hub_revision="v2"))
-    (_, _, name, _), (_, *branch), (_, sent) = calls
-    assert name == "org/other" and branch == [("me/run",), {"branch": "v2", "exist_ok": True}]
-    assert sent["revision"] == "v2"
-
-    def fails(_, **_kwargs):
-        raise OSError("the line is dead")
-
-    monkeypatch.setattr(HfApi, "upload_folder", fails)
-    with pytest.raises(ValueError, match=r"adapter is in .*, and could not be pushed .*the line is dead"):
-        push(tmp_path, wanted)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_change_to_one_of_two_tied_weights_is_not_merged_into_both(target, adapter, tmp_path):
+    folder, want = adapter(lambda: llama(tied=True), SlidingWindow(4), target_modules=["q_proj", target])
+    torch.testing.assert_close(logits(hf_sparse.load(folder)), want)
+    with pytest.raises(
+        ValueError, match="changes one of the embeddings and the head of LlamaForCausalLM, which share"
+    ):
+        merge(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
-def test_what_would_keep_a_push_from_working_is_said_before(training, tmp_path, monkeypatch):
-    def says(error):
-        def whoami(_self):
-            if error is not None:
-                raise error
-
-        monkeypatch.setattr(HfApi, "whoami", whoami)
-
-    says(None)
-    check_push(training(hub_model_id="org/name"))
-    check_push(training())
-    for name in ("a/b/c", "org/a b"):
-        with pytest.raises(ValueError, match="needs the name of a repository on the hub, got '"):
-            check_push(training(hub_model_id=name))
-    with pytest.raises(ValueError, match="got 'a b'; give hub_model_id"):
-        check_push(training(tmp_path / "a b"))
-    says(LocalTokenNotFoundError("no token"))
-    with pytest.raises(ValueError, match=r"push_to_hub to run needs a token .* hf auth login"):
-        check_push(training())
-    says(ConnectionError("down"))
-    with pytest.raises(ValueError, match=r"the hub cannot be reached \(down\)"):
-        check_push(training())
+def test_an_adapter_whose_base_is_gone_says_so(adapter, tmp_path):
+    folder, _ = adapter(llama, SlidingWindow(4), **LLAMA)
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=r"the base model of adapter .* cannot be found: there is no folder .*base"
+    ):
+        merge(folder, tmp_path / "merged")

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
@@ -109,3 +111,14 @@ def test_a_target_that_is_no_linear_layer_is_refused():
         ValueError, match=r"lora_targets names 'qproj', which is no linear layer .* self_attn\.q_proj"
     ):
         add_lora(model, AdaptationArguments(lora_targets=["qproj"]))
+
+
+def test_a_head_that_is_tied_to_the_embeddings_is_no_target():
+    config = copy.deepcopy(EXPECTED["llama"][0])
+    named = AdaptationArguments(lora_targets=["q_proj", "lm_head"], train_norms=False)
+    assert "lm_head" in add_lora(Auto.from_config(config), named).peft_config["default"].target_modules
+    config.tie_word_embeddings = True
+    with pytest.raises(
+        ValueError, match=r"names lm_head, the head of LlamaForCausalLM whose weight .* share"
+    ):
+        add_lora(Auto.from_config(config), named)

@@ -27,7 +27,7 @@ def extend_positions(model: M, length: int, method: str) -> M:
 
     Args:
         method: for rotary positions "linear" (position interpolation), "ntk" (a higher base), "yarn", or "dynamic" (as
-            "ntk", by the length of each text: inputs within the trained length give the same logits as before, but a
+            "ntk", by the longest text so far: inputs within the trained length give the same logits as before, but a
             cache mixes keys of several lengths); for learned ones "copy" (the table repeated; inputs within
             the trained length give the same logits as before).
     Raises:

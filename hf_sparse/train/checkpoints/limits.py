@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from .state import encode
 
@@ -27,16 +28,23 @@ def check_supported(training: TrainingArguments) -> None:
 
 def check_optimizer(trainer: Any) -> None:
     """Raise ValueError for an optimizer whose state is more than tensors and numbers, as one step of another shows."""
+    wanted = OptimizerNames(trainer.args.optim).value
     if trainer.optimizer is not None:
         optimizer = trainer.optimizer
     else:
-        chosen = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
-            trainer.args, trainer.model
-        )
+        try:
+            chosen = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
+                trainer.args, trainer.model
+            )
+        except ImportError as error:
+            raise ValueError(
+                f"optim={wanted} needs a library that is not here ({' '.join(str(error).split())}); "
+                "install it, or use optim=adamw_torch."
+            ) from None
         optimizer_class, options = chosen
         if special := options.keys() & {"model", "optimizer_dict", "params"}:
             raise ValueError(
-                f"optim={trainer.args.optim!s} needs {special.pop()} of its own, whose state is not tensors and "
+                f"optim={wanted} needs {special.pop()} of its own, whose state is not tensors and "
                 "numbers alone; use optim=adamw_torch."
             )
         weight = torch.nn.Parameter(torch.zeros(2, 2, device=trainer.args.device))
@@ -47,5 +55,5 @@ def check_optimizer(trainer: Any) -> None:
         encode(optimizer.state_dict(), {}, "its state")
     except ValueError as error:
         raise ValueError(
-            f"optim={trainer.args.optim!s} cannot be saved safely: {error.args[0].rstrip('.')}; use optim=adamw_torch."
+            f"optim={wanted} cannot be saved safely: {error.args[0].rstrip('.')}; use optim=adamw_torch."
         ) from None

@@ -21,7 +21,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ModelArguments(Section):
     """The base model and its pattern."""
 
-    model: str = option("recipes/tiny_base", "hub id or folder of a causal language model")
+    model: str = option(
+        "recipes/tiny_base",
+        "hub id or folder of a causal language model, or of an encoder with a head for masked words",
+    )
     pattern: str = option(
         "sliding_window",
         "a pattern (hf-sparse patterns lists them), a union: 'strided | longformer', or a JSON file with a stored "

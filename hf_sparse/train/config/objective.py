@@ -22,7 +22,8 @@ class ObjectiveArguments(Section):
     attention_weight: float = option(
         0.0,
         "of the squared distance of each attention layer's output from the dense model's, relative to its square, "
-        "mean over the layers (arXiv:2410.10254); keeps the outputs of all layers twice",
+        "mean over the layers (arXiv:2410.10254); keeps the outputs of all layers twice; a share of each batch of its "
+        "own, so that it depends a little on how a step is divided into batches",
     )
     mask_share: float = option(0.15, "encoders: share of the tokens that are masked and predicted")
     head_chunk: int = option(1024, "positions whose logits are held at a time")

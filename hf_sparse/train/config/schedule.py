@@ -14,7 +14,7 @@ class ScheduleArguments(Section):
     narrow_from: int | None = option(
         None,
         "begin with a window of so many tokens beside the pattern, and halve it until the pattern is alone; default: "
-        "the pattern alone from the first step",
+        "the pattern alone from the first step (the dense control, which sees everything, has nothing to narrow)",
     )
     narrow_share: float = option(0.5, "share of the steps after which the pattern is alone")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainingArguments
 
+from ...evaluate.callback import LOWER_IS_BETTER
 from .fields import check_least, option
 
 
@@ -31,6 +32,10 @@ class SparseTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"learning_rate must be above 0, got {self.learning_rate}; 1e-4 is a good start for a large model."
             )
+        if not (0.0 <= self.weight_decay < math.inf):
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}; 0 leaves it out.")
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(LOWER_IS_BETTER):
+            self.greater_is_better = False  # transformers takes every name but ...loss for a score
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it, transformers refuses bf16 on a machine that has only its CPU
         super().__post_init__()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import TrainerCallback
 
 from hf_sparse.train import last_complete_checkpoint
@@ -179,3 +180,14 @@ def test_optimizers_of_more_are_refused_before_training(trainer, chosen, reason)
     with pytest.raises(ValueError, match=rf"optim=\S+ {reason}.*; use optim=adamw_torch"):
         trainer(optimizer_cls_and_kwargs=chosen)
     trainer(optimizer_cls_and_kwargs=chosen, save_strategy="no")
+
+
+def test_an_optimizer_whose_library_is_not_here_is_refused_by_its_name(trainer, monkeypatch):
+    def absent(_args, _model):
+        raise ImportError("You need to install\n`lomo`")
+
+    monkeypatch.setattr(transformers.Trainer, "get_optimizer_cls_and_kwargs", staticmethod(absent))
+    with pytest.raises(
+        ValueError, match=r"optim=lomo needs a library .* \(You need to install `lomo`\); install it, or"
+    ):
+        trainer(optim="lomo")
