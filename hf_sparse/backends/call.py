@@ -67,12 +67,14 @@ class Inputs:
 
     head_size: the larger of D and Dv.
     gradients: a backward pass may follow.
+    sinks: a sink joins the softmax of each head.
     """
 
     device: torch.device
     dtype: torch.dtype
     head_size: int
     gradients: bool = False
+    sinks: bool = False
 
 
 @dataclass
@@ -94,7 +96,7 @@ class CallRecord:
     dense_pairs: int = 0
 
 
-@dataclass
+@dataclass(eq=False)  # two open at once are two, also while they have seen the same calls
 class Recorder:
     """The calls seen while `recording()` was open."""
 

@@ -18,6 +18,7 @@ def check_tensors(
     call: Call,
     segments: Segments,
     far: tuple[Tensor, Tensor] | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Raise ValueError unless a call fits its tensors; arguments as in `attend`."""
     check_far(query, key, call, far)
@@ -47,6 +48,11 @@ def check_tensors(
     if (segments.batch, segments.k_len) != (key.shape[0], key.shape[2]):
         raise ValueError(
             f"segments describe {segments.batch} x {segments.k_len} slots, the keys are {key.shape[0]} x {key.shape[2]}"
+        )
+    if sinks is not None and (tuple(sinks.shape) != query.shape[1:2] or not sinks.dtype.is_floating_point):
+        raise ValueError(
+            f"sinks must be one floating-point logit for each of {query.shape[1]} query heads, got "
+            f"{tuple(sinks.shape)} {sinks.dtype}"
         )
     if not 0.0 <= call.dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, got {call.dropout}")

@@ -46,6 +46,7 @@ def attend(
     segments: Segments | None = None,
     backend: str = "auto",
     far: tuple[Tensor, Tensor] | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the attention of `query` over what the call's pattern and constraint allow.
 
@@ -56,32 +57,39 @@ def attend(
         segments: the sequences of the batch; None is one sequence per row.
         far: with `call.near`, the query [B, H, Q, D] and key [B, H_kv, K, D] that score pairs of tokens `near` or more
             apart; unread where the call has no such pair.
+        sinks: [H], a logit per head that joins each softmax and has no value: weights sum to less than 1, by
+            exp(sink) in the sum they are divided by (GPT-OSS, arXiv:2508.10925). None has none, as -inf.
     Returns:
         [B, H, Q, Dv] in the common dtype of the inputs (autocast's where it is on), laid out so that
         ``out.transpose(1, 2)`` is contiguous. Rows that may attend to nothing, padding included, are exactly 0.
     Raises:
         ValueError: shapes that do not fit, an unknown backend, one that cannot run this call, dropout outside [0, 1),
-            `far` without `call.near` or the reverse, either without causality, or `call.constraint.beyond`.
+            `far` without `call.near` or the reverse, either without causality, `call.constraint.beyond`, or sinks
+            that are not one per head.
     """
     check_backend(backend)
     segments = Segments.whole(query.shape[0], key.shape[2]) if segments is None else segments
-    check_tensors(query, key, value, call, segments, far)
+    check_tensors(query, key, value, call, segments, far, sinks)
     query, key, value, *rest = one_dtype(query, key, value, *(far or ()))
     far = None if far is None else (rest[0], rest[1])
+    if sinks is not None:  # never in half precision: a rounded logit is another share of every row
+        sinks = sinks.to(query.device, torch.promote_types(query.dtype, torch.float32))
     heads, q_len = query.shape[1:3]
     near_plans, far_plans = _divided(call, segments, heads, q_len)
     views = [View(query, key, near_plans)]
     seen = [plan if plan is not None and plan.pairs else None for plan in far_plans]
     if far is not None and any(seen):
         views.append(View(*far, seen))
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *rest))
+    gradients = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (query, key, value, *rest, sinks) if x is not None
+    )
     width = max(query.shape[-1], value.shape[-1])
-    inputs = Inputs(query.device, query.dtype, width, gradients)
+    inputs = Inputs(query.device, query.dtype, width, gradients, sinks is not None)
     choice = choose(call, inputs, segments, near_plans, q_len, backend)
     if choice.backend == "reference":
-        out = reference_attention(query, key, value, call, segments, far)
+        out = reference_attention(query, key, value, call, segments, far, sinks)
     else:
-        out = _compute(views, value, call, segments, choice)
+        out = _compute(views, value, call, segments, choice, sinks)
     if is_recording():
         record(_record(call, choice, segments, heads, near_plans, far_plans))
     return out
@@ -124,7 +132,8 @@ def choose(
     device = inputs.device.type
     if backend == "reference":
         return Choice("reference", "dense")
-    if backend == "auto" and _is_dense(call, segments, plans, q_len, device):
+    # PyTorch's dense operators know no sinks.
+    if backend == "auto" and not inputs.sinks and _is_dense(call, segments, plans, q_len, device):
         return Choice("torch", "dense")
     if backend == "auto":
         queries = max((plan.q_len for plan in plans if plan is not None), default=0)
@@ -164,16 +173,20 @@ def _reasons(backend: str, call: Call, inputs: Inputs, plans: list[Plan | None])
     return supported.unsupported(call, inputs, plans)
 
 
-def _compute(views: list[View], value: Tensor, call: Call, segments: Segments, choice: Choice) -> Tensor:
+def _compute(
+    views: list[View], value: Tensor, call: Call, segments: Segments, choice: Choice, sinks: Tensor | None
+) -> Tensor:
     query, key, plans = views[0]
     if choice.operator == "dense":
         return _dense(query, key, value, call)
     if choice.backend == "torch":
-        return torch_attention(views, value, call, segments)
-    run = flex.flex_attention if choice.backend == "flex" else cuda_flash.flash_attention
+        return torch_attention(views, value, call, segments, sinks)
 
     def run_group(q: Tensor, k: Tensor, v: Tensor, plan: Plan, group: HeadPlan) -> Tensor:
-        return run(q, k, v, call, plan, group)
+        if choice.backend == "flex":
+            own = None if sinks is None else sinks[list(group.heads)]
+            return flex.flex_attention(q, k, v, call, plan, group, own)
+        return cuda_flash.flash_attention(q, k, v, call, plan, group)
 
     out = by_sequence(run_group, query, key, value, segments, plans)
     return out.transpose(1, 2).contiguous().transpose(1, 2)

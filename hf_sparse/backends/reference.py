@@ -43,6 +43,7 @@ def reference_attention(
     call: Call,
     segments: Segments,
     far: tuple[Tensor, Tensor] | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Masked softmax over every key, in float32 (float64 stays float64).
 
@@ -50,6 +51,7 @@ def reference_attention(
         query: [B, H, Q, D]; query q sits at key slot K - Q + q.
         key, value: [B, H_kv, K, D] and [B, H_kv, K, Dv]; H is a multiple of H_kv.
         far: with `call.near`, the query and key, of the same shapes, that score pairs `near` or more tokens apart.
+        sinks: [H], a logit per head beside the scores of each row, whose weight goes to no value.
     Returns:
         [B, H, Q, Dv] in ``query.dtype``. A query that may attend to nothing gets zeros.
     Raises:
@@ -67,8 +69,10 @@ def reference_attention(
         scores = call.softcap * torch.tanh(scores / call.softcap)
     allowed = allowed_pairs(call, segments, query.shape[1], query.shape[2]).to(query.device)
     # Rows with no key: give softmax something finite, then zero the row, so that no NaN reaches the gradient.
-    weights = scores.masked_fill(~allowed, float("-inf"))
-    weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0).softmax(dim=-1) * allowed
+    scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)), -1)
+    weights = scores.softmax(dim=-1)[..., : allowed.shape[-1]] * allowed
     if call.dropout:
         weights = torch.nn.functional.dropout(weights, call.dropout)
     return (weights @ _for_each_query_head(value.to(dtype), query)).to(query.dtype)

@@ -37,6 +37,7 @@ class LayerCall:
     value: Tensor
     call: Call
     segments: Segments
+    sinks: Tensor | None  # [H], of a model that has some
     attend: Callable[[Pattern], Tensor]  # the attention [B, H, N, D] of this call under another pattern
 
 
@@ -101,13 +102,16 @@ class Gated:
             value: Tensor,
             call: Call,
             segments: Segments,
-            *_: Any,
+            backend: str,
+            far: Any,
+            sinks: Tensor | None,
         ) -> Tensor:
             def under(pattern: Pattern) -> Tensor:
-                return attend(query, key, value, replace(call, pattern=pattern), segments, self.backend)
+                own = replace(call, pattern=pattern)
+                return attend(query, key, value, own, segments, self.backend, None, sinks)
 
             number = self._number[call.layer]
-            return compute(LayerCall(module, number, query, key, value, call, segments, under))
+            return compute(LayerCall(module, number, query, key, value, call, segments, sinks, under))
 
         base = base_of(self.model)
         dense = np.full(self.units.shape, DENSE)

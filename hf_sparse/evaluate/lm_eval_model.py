@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from ..backends import check_backend
 from ..backends.call import Recorder, recording
 from ..hf import SparseSettings, attention_name, patch_model, read_sidecar, settings, settings_to_json
+from ..hf.added_weights import read_added_weights
 from ..hf.loading import base_of, patch_as_saved, put_adapter, read_adapter_config, reason, stored_settings
 from ..hf.pattern_file import is_pattern_file, settings_of
 from ..hf.sources import SIDECAR, is_adapter
@@ -120,6 +121,7 @@ class SparseHFLM(HFLM):
         self.counted = Counted.of_rows(rows or ())
 
     def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs: Any) -> None:
+        base = stored_settings(self.config, pretrained)
         saved, where = (None, "") if self._given else _saved(self.config, pretrained, peft)
         implementation = str(kwargs.get("attn_implementation"))
         if implementation.startswith(PREFIX):
@@ -133,6 +135,8 @@ class SparseHFLM(HFLM):
                 f"{pretrained} cannot be loaded with these arguments ({reason(error)}); check the names in model_args"
             ) from error
         self._patch(saved, where)
+        if base is not None:
+            read_added_weights(self._model, pretrained, required=bool(saved) and not peft)
         if peft:
             self._model = put_adapter(self._model, peft)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from .active import is_switched, settings
+from .added_weights import read_added_weights
 from .extension import restore_extension
 from .loading import (
     base_of,
@@ -19,7 +21,6 @@ from .loading import (
     reason,
 )
 from .patch import unpatch_model
-from .projection_files import read_projections
 from .sources import ADAPTER_CONFIG, SIDECAR, is_adapter
 from .stored_settings import SparseSettings
 
@@ -52,7 +53,7 @@ def load_adapter(model: Any, folder: str | os.PathLike[str], *, is_trainable: bo
     try:
         check_weights(model, path, config)
         if dense:
-            read_projections(model, base, required=False)
+            read_added_weights(model, base, required=False)
     except ValueError:
         if dense:
             unpatch_model(model)
@@ -69,7 +70,7 @@ def load_adapter(model: Any, folder: str | os.PathLike[str], *, is_trainable: bo
 def _check_pattern(current: SparseSettings | None, saved: SparseSettings, folder: str, name: str) -> None:
     """Raise ValueError where the model runs another pattern than the adapter was trained under."""
     assert current is not None
-    if (current.pattern, current.layers) != (saved.pattern, saved.layers):
+    if replace(current, backend=saved.backend) != saved:
         raise ValueError(
             f"adapter {folder} was trained under {_said(saved)}, and {name} runs {_said(current)}; call "
             "hf_sparse.unpatch_model(model) first to get the adapter's, or load_adapter before patching otherwise"
@@ -77,7 +78,8 @@ def _check_pattern(current: SparseSettings | None, saved: SparseSettings, folder
 
 
 def _said(one: SparseSettings) -> str:
-    return f"{one.pattern}" if one.layers is None else f"{one.pattern} in layers {list(one.layers)}"
+    where = "" if one.layers is None else f" in layers {list(one.layers)}"
+    return f"{one.pattern}{where}{' with learned sinks' if one.learned_sinks else ''}"
 
 
 def _check_kind(model: Any, folder: str, base: str) -> None:

@@ -16,10 +16,11 @@ from ..patterns import get_pattern
 from ..patterns.places import Places
 from ..patterns.selected_heads import of_layer
 from ..plan import Constraint, Segments
-from .call_arguments import POSITIONS, refuse_arguments
+from .call_arguments import OWN_SINKS, POSITIONS, refuse_arguments
 from .dense import DenseMask, dense_attention, stays_dense
 from .far import far_pair
 from .global_projections import replace_global_rows
+from .learned_sinks import sinks_of_call
 from .mask import SparseMask, running_forwards
 from .ragged import attend_parts
 from .rotary import Rotation
@@ -67,6 +68,7 @@ def sparse_attention(
     if (inputs := getattr(_observer, "inputs", None)) is not None:
         inputs.append((module, query, key))
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+    own_sinks = kwargs.pop(OWN_SINKS, None)
     refuse_arguments(module, kwargs)
     if (probe := getattr(_observer, "keywords", None)) is not None:
         probe.append({name for name, value in kwargs.items() if value is not None})
@@ -92,10 +94,12 @@ def sparse_attention(
         far = far_pair(rotation, places, query, key, segments, mask.base, mask.memo, held)
     parts = None if mask.held_heads is None else mask.held_heads(call.layer, key, value)
     compute, is_dense = module.__dict__.get(_COMPUTE, (_attend, False))
+    trial = probe is not None
+    sinks = sinks_of_call(module, query, mask.settings, layer, own_sinks, is_dense=is_dense, trial=trial)
     if parts is None:
-        out = compute(module, query, key, value, call, segments, mask.settings.backend, far)
+        out = compute(module, query, key, value, call, segments, mask.settings.backend, far, sinks)
     elif compute is _attend:
-        out = attend_parts(query, parts, call, mask.settings.backend)
+        out = attend_parts(query, parts, call, mask.settings.backend, sinks)
     else:
         raise ValueError(
             "attention is computed by something else here, which needs the keys of all heads, but the cache holds more "
@@ -103,14 +107,14 @@ def sparse_attention(
         )
     out = out.transpose(1, 2).contiguous()
     if not is_dense:
-        out = replace_global_rows(module, query, key, value, out, call, segments, trial=probe is not None)
+        out = replace_global_rows(module, query, key, value, out, call, segments, trial)
     if (kept := module.__dict__.get(_KEPT)) is not None:
         kept.append(out.transpose(1, 2))
     if not weights_wanted(output_attentions):
         return out, None
     if parts is not None:
-        return out, weights_of_parts(query, parts, call, mask.segments)
-    return out, attention_weights(query, key, call, segments, slots, far)
+        return out, weights_of_parts(query, parts, call, mask.segments, sinks)
+    return out, attention_weights(query, key, call, segments, slots, far, sinks)
 
 
 def _sequences(
@@ -229,7 +233,8 @@ def computed_by(
     It gets the attention module first and then what `attend` gets, and returns what that returns. Blocks may be
     nested: the innermost computes.
 
-    is_dense: what it gives is dense attention, in which global queries have no projections of their own.
+    is_dense: what it gives is dense attention, in which global queries have no projections of their own, and heads no
+        sinks but those that the model came with.
     """
     before = {module: module.__dict__.get(_COMPUTE) for module in model.modules()}
     for module in before:
@@ -266,6 +271,7 @@ def dense_instead(
     segments: Segments,
     backend: str,
     far: Any = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend to all that the model itself allows, whatever the pattern: for `computed_by` with ``is_dense=True``."""
-    return attend(query, key, value, replace(call, pattern=_FULL, near=None), segments)
+    return attend(query, key, value, replace(call, pattern=_FULL, near=None), segments, sinks=sinks)

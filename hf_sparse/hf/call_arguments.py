@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 GLOBALS = "global_attention_mask"
+OWN_SINKS = "s_aux"  # the attention sinks [H] of a model that was trained with some, such as GPT-OSS
 POSITIONS = "packed_position_ids"  # how a model that keeps its position ids to itself hands them on
 # Keyword arguments that transformers hands through and that do not change what attention computes.
 _HARMLESS_TENSORS = {
@@ -36,7 +37,7 @@ _REFUSED = {
     "head_mask": "weights are scaled per head",
     "indices": "the model chooses its own keys",
     "position_bias": "the model adds a position bias to the scores",
-    "s_aux": "the model has learned attention sinks",
+    OWN_SINKS: "the model has learned attention sinks",
     "sinks": "the model has learned attention sinks",
 }
 

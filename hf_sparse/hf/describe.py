@@ -14,6 +14,7 @@ from ..patterns.base import short
 from ..plan import Constraint, Cost, cost
 from .active import is_switched, settings, unwrap
 from .kv_bytes import kv_bytes
+from .learned_sinks import sinks
 from .native import head_size, key_heads, layer_constraint, native_window
 from .routing import attention_layers, has_encoder, is_causal
 from .stored_settings import SparseSettings, layer_count, query_heads, settings_from_json
@@ -53,6 +54,7 @@ def describe(model: nn.Module, seq_len: int | None = None) -> str:
             "encoder   dense, and so is attention across to it; the figures are of the decoder's self-attention"
         )
     lines += _native(current.pattern, config)
+    lines += _sinks(base, current)
     lines += _globals(current.pattern)
     lines.append(_cost(list(costs.values()), [costs[layer] for layer in sparse], length, is_causal(base)))
     if is_causal(base):
@@ -110,7 +112,7 @@ def _backend(
         line += f" (scores are soft-capped at {softcap})"
     if also:
         line += f"; in training {also}" + (f" (attention dropout is {rate})" if rate else "")
-    if current.backend == "auto":
+    if current.backend == "auto" and not _sinks(base, current):
         line += "; dense where the pattern covers everything"
     return line
 
@@ -140,8 +142,18 @@ def preview_layer(
         dropout=_dropout(config) if training else 0.0,
         layer=layer,
     )
-    inputs = Inputs(device, dtype, size, training)
+    inputs = Inputs(device, dtype, size, training, sinks=bool(_sinks(base, current)))
     return preview(call, inputs, heads=heads, length=length, backend=current.backend)
+
+
+def _sinks(base: PreTrainedModel, current: SparseSettings) -> list[str]:
+    if current.learned_sinks:
+        return [
+            f"sinks     learned: a logit per query head joins the softmax in {len(sinks(base))} layers, without a value"
+        ]
+    if any(name.endswith(".sinks") for name, _ in base.named_parameters()):  # as transformers calls them
+        return ["sinks     the model's own, a logit per query head, also join the softmax under the pattern"]
+    return []
 
 
 def _dropout(config: Any) -> float:

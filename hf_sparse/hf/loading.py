@@ -146,7 +146,7 @@ def base_of(folder: str, config: dict[str, Any]) -> str:
 def patch_as_saved(model: Any, saved: SparseSettings, where: str) -> Any:
     """Patch the model with settings read from `where`, and return it."""
     try:
-        return patch_model(model, saved.pattern, layers=saved.layers, backend=saved.backend)
+        return patch_model(model, saved)
     except ValueError as error:
         raise ValueError(f"the pattern saved in {where} does not fit: {error}") from error
 

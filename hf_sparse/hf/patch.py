@@ -26,12 +26,14 @@ from .global_tokens import (
     remove_global_hooks,
 )
 from .hooks import add_hook, find_hooks, mask_owner, remove_hooks
+from .learned_sinks import put_sinks, remove_sinks, set_sinks, sinks
 from .own_config import own_config, put_config
 from .pattern_file import is_pattern_file, naming_its_file, settings_of
 from .placing import positions_of, put_positions, remove_positions, set_positions
 from .routing import (
     POSITION_HOOKS,
     add_position_hook,
+    heads_of_calls,
     is_causal,
     refuse_unroutable,
     text_config_key,
@@ -59,6 +61,7 @@ def patch_model(
     backend: str = "auto",
     layers: Iterable[int] | None = None,
     seq_len: int | None = None,
+    learned_sinks: bool = False,
     **options: Any,
 ) -> M:
     """Make every attention layer of `model` run under `pattern`, and return the model.
@@ -78,6 +81,10 @@ def patch_model(
             patterns is the option of that name of ``pattern="layered"``, whose other option called ``pattern`` can only
             be given to the object: ``patch_model(model, Layered(pattern="strided", dense_every=2))``.
         seq_len: tokens per sequence for which options that adapt to length are resolved, once and for all.
+        learned_sinks: give each query head of the sparse layers a logit that joins its softmax and has no value, so
+            that its weights may sum to less than 1 (GPT-OSS, arXiv:2508.10925). The logits are 0 at first, to be
+            trained (`learned_sinks.weight` [H] of the attention modules), and saved with the model. A model that came
+            with such sinks keeps them without this.
     Raises:
         ValueError: unknown pattern, option, backend or layer, a pattern that does not fit the model's heads and layers
             or answers wrongly, or a model that patterns cannot be put into; the model is left as it was.
@@ -105,7 +112,12 @@ def patch_model(
     with naming_its_file(given, base):
         if layers is None:
             own_layers = _check_layers(given.layers, base)
-        settings = SparseSettings(chosen, own_layers, given.backend if backend == "auto" else backend)
+        settings = SparseSettings(
+            chosen,
+            own_layers,
+            given.backend if backend == "auto" else backend,
+            given.learned_sinks or learned_sinks,
+        )
         check_fit(settings, config)
         check_comes_back(settings)
         check_predicate(chosen, query_heads(config) or 1, causal, layer_count(config) or 1)
@@ -125,9 +137,12 @@ def patch_model(
         add_global_hooks(base, chosen)
         add_forward_hooks(base)
         let_generate_make_caches(base)
-        if base.device.type != "meta":  # without weights there is nothing to try
+        if base.device.type == "meta":  # without weights there is nothing to try
+            _refuse_sinks_without_weights(base, settings)
+        else:
             add_position_hook(base, verify_routing(base, settings.layers))
             set_positions(base, settings)
+            _set_sinks(base, settings)
             if chosen.takes_globals:
                 check_globals_arrive(base)
     except BaseException:
@@ -151,6 +166,7 @@ def unpatch_model(model: M) -> M:
     _remove_hooks(base)
     remove_positions(base)
     remove_projections(base)
+    remove_sinks(base)
     if hasattr(base, _RESTORE):
         delattr(base, _RESTORE)
     if hasattr(config, "sparse_attention"):
@@ -205,6 +221,23 @@ def _check_layers(layers: Iterable[int] | None, model: PreTrainedModel) -> tuple
     return tuple(sorted(set(indices)))
 
 
+def _set_sinks(model: PreTrainedModel, settings: SparseSettings) -> None:
+    """Give the model the learned sinks of its settings, and see that they are taken."""
+    if not settings.learned_sinks:
+        remove_sinks(model)
+        return
+    set_sinks(model, settings, heads_of_calls(model))
+    verify_routing(model, settings.layers)
+
+
+def _refuse_sinks_without_weights(model: PreTrainedModel, settings: SparseSettings) -> None:
+    if settings.learned_sinks:
+        raise ValueError(
+            f"learned_sinks=True needs a model to try, and {type(model).__name__} has no weights yet (it is on the "
+            f"meta device); patch it when they are loaded"
+        )
+
+
 def _switch(model: PreTrainedModel, name: str) -> None:
     """Set the attention implementation of the text model; towers of a composite keep theirs."""
     key = text_config_key(model)
@@ -226,6 +259,7 @@ def _state(model: PreTrainedModel) -> dict[str, Any]:
         "marker": {_RESTORE: vars(model)[_RESTORE]} if _RESTORE in vars(model) else {},
         "hooks": find_hooks(model, (*POSITION_HOOKS, *GLOBAL_HOOKS, *FORWARD_HOOKS)),
         "projections": projections(model),
+        "sinks": sinks(model),
         "positions": positions_of(mask_owner(model)),
         "makes_caches": "_prepare_cache_for_generation" in vars(model),
         "generates": "prepare_inputs_for_generation" in vars(model),
@@ -244,6 +278,7 @@ def _restore(model: PreTrainedModel, state: dict[str, Any]) -> None:
         delattr(model, _RESTORE)
     vars(model).update(state["marker"])
     put_projections(model, state["projections"])
+    put_sinks(model, state["sinks"])
     _remove_hooks(model)
     for module, hook, after in state["hooks"]:
         add_hook(module, hook, after=after)

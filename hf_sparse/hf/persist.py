@@ -12,9 +12,11 @@ from typing import Any
 import transformers
 
 from .active import is_switched, settings
+from .added_weights import added_names, read_added_weights, trained_apart
 from .extension import extension_of, restore_extension
 from .extension.record import EXTENSION
-from .global_projections import NAMES, projects
+from .global_projections import projects
+from .learned_sinks import NAME as SINKS
 from .loading import (
     CAUSAL_LM,
     base_of,
@@ -28,7 +30,6 @@ from .loading import (
     read_sidecar,
     stored_settings,
 )
-from .projection_files import read_projections, trained_apart
 from .sources import SIDECAR, is_adapter
 from .stored_settings import settings_to_json
 
@@ -45,8 +46,9 @@ def load(path_or_adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Return the model saved there, running under the pattern it was saved with.
 
     A checkpoint (folder or hub id) gives a model of the class it was saved as. An adapter folder gives its base model,
-    extended and patched, with the adapter on top as a `PeftModel`. Only safetensors are read. Global projections come
-    back too, though transformers, which has no place for them, reports them as unexpected before they are read.
+    extended and patched, with the adapter on top as a `PeftModel`. Only safetensors are read. Global projections and
+    learned sinks come back too, though transformers, which has no place for them, reports them as unexpected before
+    they are read.
 
     Args:
         kwargs: go to ``from_pretrained`` of the model; ``is_trainable=True`` of an adapter goes to peft.
@@ -68,7 +70,7 @@ def load(path_or_adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
         )
     model = load_base(path, _class_of(config, path), **kwargs)
     patch_as_saved(model, saved, f"the config of {path}")
-    read_projections(model, path, required=True, **hub_arguments(kwargs))
+    read_added_weights(model, path, required=True, **hub_arguments(kwargs))
     return model
 
 
@@ -97,7 +99,7 @@ def _load_adapter(path: str, *, is_trainable: bool = False, **kwargs: Any) -> An
     # before the adapter: modules it brings along belong to the extended and patched model
     restore_extension(model, extension, os.path.join(path, SIDECAR))
     patch_as_saved(model, saved, os.path.join(path, SIDECAR))
-    read_projections(model, base, required=False, **hub_arguments(kwargs))
+    read_added_weights(model, base, required=False, **hub_arguments(kwargs))
     return put_adapter(model, path, is_trainable=is_trainable)
 
 
@@ -107,14 +109,14 @@ def save_adapter(
     """Save the active adapter of a patched `PeftModel` with its pattern beside it, and how its base was extended, if it
     was; `hf_sparse.load` reads all of it.
 
-    The files are written elsewhere and moved in, the pattern last: without it the folder does not load. Global
-    projections that were trained belong to the adapter when it was made with
-    ``modules_to_save=["query_global", "key_global", "value_global"]``.
+    The files are written elsewhere and moved in, the pattern last: without it the folder does not load. What
+    the pattern added and was trained belongs to the adapter when it was made with
+    ``modules_to_save=["query_global", "key_global", "value_global"]`` (global projections) or ``["learned_sinks"]``.
 
     Args:
         state_dict: the weights, where the model's own are spread over processes.
     Raises:
-        ValueError: not a PeftModel, not patched, or with global projections that would be lost.
+        ValueError: not a PeftModel, not patched, or with trained projections or sinks that would be lost.
     """
     if not hasattr(model, "peft_config"):
         raise ValueError(
@@ -126,7 +128,7 @@ def save_adapter(
         )
     current = settings(model)
     assert current is not None
-    _refuse_lost_projections(model)
+    _refuse_lost_weights(model)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     name = model.active_adapter
@@ -153,15 +155,17 @@ def save_adapter(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _refuse_lost_projections(model: Any) -> None:
-    """Raise ValueError where global projections are neither copies, nor in the adapter, nor in its base's files."""
+def _refuse_lost_weights(model: Any) -> None:
+    """Raise ValueError where what the pattern added was trained and is neither in the adapter nor in its base."""
     name = trained_apart(model.get_base_model())
     if name is None:
         return
     base = base_of("of this model", model.peft_config[model.active_adapter].to_dict())
     stored = stored_settings(read_config(base, {}), base)
-    if stored is None or not projects(stored.pattern):
+    owner, _, last = name.rpartition(".")
+    needed = added_names(model.get_base_model().get_submodule(owner))
+    if stored is None or not (stored.learned_sinks if last == SINKS else projects(stored.pattern)):
         raise ValueError(
-            f"{name} is no copy any more but part of neither the adapter nor its base model {base}; make the adapter "
-            f"with modules_to_save={list(NAMES)}, or save the whole model first"
+            f"{name} was trained but is part of neither the adapter nor its base model {base}; make the adapter with "
+            f"modules_to_save={list(needed)}, or save the whole model first"
         )

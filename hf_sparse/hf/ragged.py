@@ -11,7 +11,9 @@ from ..backends import Call, attend
 from .ragged_layer import HeldHeads
 
 
-def attend_parts(query: Tensor, parts: Sequence[HeldHeads], call: Call, backend: str) -> Tensor:
+def attend_parts(
+    query: Tensor, parts: Sequence[HeldHeads], call: Call, backend: str, sinks: Tensor | None = None
+) -> Tensor:
     """Return the attention [B, H, Q, Dv] of `query` [B, H, Q, D], whose key heads lie in `parts`.
 
     Arguments and result as of `attend`; no key is copied.
@@ -21,7 +23,9 @@ def attend_parts(query: Tensor, parts: Sequence[HeldHeads], call: Call, backend:
     out: Tensor | None = None
     for part in parts:
         own = replace(call, pattern=part.pattern)
-        made = attend(groups[:, part.at].flatten(1, 2), part.key, part.value, own, part.segments, backend)
+        held = None if sinks is None else sinks.unflatten(0, (kv_heads, -1))[part.at].flatten()
+        asked = groups[:, part.at].flatten(1, 2)
+        made = attend(asked, part.key, part.value, own, part.segments, backend, sinks=held)
         made = made.transpose(1, 2).unflatten(2, (part.key.shape[1], -1))  # [B, Q, h, G, Dv]
         if out is None:
             out = made.new_empty((*made.shape[:2], kv_heads, *made.shape[3:]))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..backends import recording
-from .attention import observed_keywords
+from .attention import observed_inputs, observed_keywords
 from .call_arguments import POSITIONS
 from .dense import has_cross_attention
 from .hooks import add_hook, argument, mask_owner, remove_hooks
@@ -124,6 +124,13 @@ def verify_routing(model: PreTrainedModel, layers: tuple[int, ...] | None, **ext
             f"{sorted({call.layer for call in recorder.calls})}"
         )
     return set.intersection(*keywords)
+
+
+def heads_of_calls(model: PreTrainedModel) -> dict[nn.Module, int]:
+    """Return the modules that call the pattern in a switched model, each with the query heads of its calls."""
+    with untouched(model), observed_inputs() as calls:
+        model(**_probe_inputs(model))
+    return {module: query.shape[1] for module, query, _ in calls}
 
 
 def _verify_decoder(model: PreTrainedModel, ran: list[int], expected: list[int]) -> None:

@@ -74,6 +74,23 @@ def pattern_of_heads(pattern: Pattern, module: nn.Module, query: Tensor, layer: 
     return SelectedHeads(pattern, tuple(range(first, first + held)), heads)
 
 
+def sinks_of_heads(sinks: Tensor, module: nn.Module, query: Tensor) -> Tensor:
+    """Return those of a layer's sinks [H of the model] that belong to the query heads [B, H, Q, D] of this call.
+
+    Raises:
+        ValueError: nobody said which heads these are.
+    """
+    held, first = query.shape[1], module.__dict__.get(_FIRST)
+    if len(sinks) == held:
+        return sinks
+    if first is None or first + held > len(sinks):
+        raise ValueError(
+            f"this call holds {held} of {len(sinks)} query heads, each with a sink, and nobody said which; call "
+            "hf_sparse.hf.hold_heads(model, first) in every process"
+        )
+    return sinks[first : first + held]
+
+
 def _is_same(pattern: Pattern, context: Context) -> bool:
     """True where a pattern provably says the same of every head."""
     parts = pattern.parts(context)

@@ -23,12 +23,14 @@ class SparseSettings:
 
     layers: indices of the layers that run the pattern, ascending; None is all. The others run dense attention.
     backend: a name of `hf_sparse.backends.BACKENDS`.
+    learned_sinks: each query head of a sparse layer has a logit of its own that joins its softmax.
     source: the file they were read from, to be named where they do not fit.
     """
 
     pattern: Pattern
     layers: tuple[int, ...] | None = None
     backend: str = "auto"
+    learned_sinks: bool = False
     source: str | None = field(default=None, compare=False)
 
     def pattern_at(self, layer: int | None) -> Pattern:
@@ -107,12 +109,14 @@ def _check_fit(pattern: Pattern, heads: int, layers: int) -> None:
 def settings_to_json(settings: SparseSettings) -> dict[str, Any]:
     """Return the settings as plain JSON values that `settings_from_json` reads back."""
     attention_name(settings.pattern)
-    return {
+    written = {
         "version": VERSION,
         "pattern": pattern_to_json(settings.pattern),
         "layers": None if settings.layers is None else list(settings.layers),
         "backend": settings.backend,
     }
+    # left out where there are none: releases that know no sinks read such settings too
+    return {**written, "learned_sinks": True} if settings.learned_sinks else written
 
 
 def check_comes_back(settings: SparseSettings) -> None:
@@ -159,7 +163,7 @@ def _parse(text: str) -> SparseSettings:
             f"the saved sparse_attention has version {saved['version']!r}, this hf_sparse reads version {VERSION}; "
             f"update hf_sparse"
         )
-    if unknown := saved.keys() - {"version", "pattern", "layers", "backend"}:
+    if unknown := saved.keys() - {"version", "pattern", "layers", "backend", "learned_sinks"}:
         raise ValueError(f"the saved sparse_attention has unknown keys {sorted(unknown)}; update hf_sparse")
     layers, backend = saved.get("layers"), saved.get("backend", "auto")
     if layers is not None and not (
@@ -168,10 +172,15 @@ def _parse(text: str) -> SparseSettings:
         raise ValueError(
             f"the saved sparse_attention must list layer indices, got layers={layers!r}; patch again"
         )
+    if not isinstance(sinks := saved.get("learned_sinks", False), bool):
+        raise ValueError(
+            f"the saved sparse_attention must have learned_sinks true or false, got {sinks!r}; patch again"
+        )
     return SparseSettings(
         pattern_from_json(saved["pattern"]),
         None if layers is None else tuple(layers),
         check_backend(backend),
+        sinks,
     )
 
 

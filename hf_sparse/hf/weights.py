@@ -30,8 +30,12 @@ def attention_weights(
     segments: Segments,
     buffer: int,
     far: tuple[Tensor, Tensor] | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Return the attention weights [B, H, Q, K] without dropout, 0 for key slots not yet filled."""
+    """Return the attention weights [B, H, Q, K] without dropout, 0 for key slots not yet filled.
+
+    With `sinks` [H] those of a row sum to less than 1.
+    """
     k_len = key.shape[2]
     if projecting(call.pattern, call.layer, query.shape[1]) is not None:
         raise ValueError(
@@ -46,11 +50,13 @@ def attention_weights(
     one_hot = torch.eye(k_len, dtype=query.dtype, device=query.device).expand(
         key.shape[0], key.shape[1], -1, -1
     )
-    weights = reference_attention(query, key, one_hot, replace(call, dropout=0.0), segments, far)
+    weights = reference_attention(query, key, one_hot, replace(call, dropout=0.0), segments, far, sinks)
     return torch.nn.functional.pad(weights, (0, buffer - k_len))
 
 
-def weights_of_parts(query: Tensor, parts: Sequence[HeldHeads], call: Call, tokens: Segments) -> Tensor:
+def weights_of_parts(
+    query: Tensor, parts: Sequence[HeldHeads], call: Call, tokens: Segments, sinks: Tensor | None
+) -> Tensor:
     """Return the attention weights [B, H, Q, K] of all K `tokens` seen, 0 for those that a part no longer holds.
 
     Args:
@@ -62,9 +68,9 @@ def weights_of_parts(query: Tensor, parts: Sequence[HeldHeads], call: Call, toke
     out = query.new_zeros((*groups.shape[:-1], tokens.k_len))
     for part in parts:
         own = replace(call, pattern=part.pattern)
-        held = attention_weights(
-            groups[:, part.at].flatten(1, 2), part.key, own, part.segments, part.key.shape[2], None
-        )
+        asked = groups[:, part.at].flatten(1, 2)
+        of_heads = None if sinks is None else sinks.unflatten(0, (kv_heads, -1))[part.at].flatten()
+        held = attention_weights(asked, part.key, own, part.segments, part.key.shape[2], None, of_heads)
         held = held.unflatten(1, (part.key.shape[1], -1))
         places = _places(part.segments, tokens).to(query.device)[:, None, None, None].expand(held.shape)
         out[:, part.at] = out[:, part.at].scatter_add(-1, places, held)

@@ -115,11 +115,7 @@ def merged_card(model: Any, sparse: SparseSettings, adapter: str, base: str) -> 
         *told,
         LOADING,
         _code('model = hf_sparse.load("FOLDER")  # a folder with these files'),
-        "or, which gives the same,",
-        _code(
-            f'model = {_auto_class(model)}.from_pretrained("FOLDER", attn_implementation="{implementation}")',
-            f"from transformers import {_auto_class(model)}\n",
-        ),
+        *([] if sparse.learned_sinks else _with_transformers(model, implementation)),
         "## Limits",
         "Without `attn_implementation`, from_pretrained gives these weights dense attention: another model than the "
         f"one that was trained, with other figures. `import hf_sparse` makes {implementation} known to transformers.",
@@ -206,6 +202,16 @@ def _name(sparse: SparseSettings) -> str:
 
 def _tags(sparse: SparseSettings, *more: str) -> list[str]:
     return ["hf_sparse", "sparse-attention", attention_name(sparse.pattern), *more]
+
+
+def _with_transformers(model: Any, implementation: str) -> list[str]:
+    return [
+        "or, which gives the same,",
+        _code(
+            f'model = {_auto_class(model)}.from_pretrained("FOLDER", attn_implementation="{implementation}")',
+            f"from transformers import {_auto_class(model)}\n",
+        ),
+    ]
 
 
 def _with_peft(base: Any) -> list[str]:

@@ -11,6 +11,8 @@ from ..evaluate.head import is_masked
 from ..hf.extension import extension_of, position_tables
 from ..hf.global_projections import NAMES, projections
 from ..hf.hooks import mask_owner
+from ..hf.learned_sinks import NAME as SINKS
+from ..hf.learned_sinks import sinks
 from ..hf.loading import reason
 from .config import AdaptationArguments
 from .in_full import hold_in_float32
@@ -25,8 +27,8 @@ _ATTENTION = ("Attention", "SelfOutput")
 def add_lora(model: Any, arguments: AdaptationArguments) -> PeftModel:
     """Return the model wrapped in peft's LoRA, with exactly those weights trainable that `arguments` name.
 
-    What the pattern brings along trains in full whatever is asked for: the projections of global queries, and learned
-    positions that were copied to make the model longer.
+    What the pattern brings along trains in full whatever is asked for: the projections of global queries, learned
+    sinks, and learned positions that were copied to make the model longer.
 
     Raises:
         ValueError: a named target is not a linear layer of the model, no layer was named and none was found, or peft
@@ -39,6 +41,7 @@ def add_lora(model: Any, arguments: AdaptationArguments) -> PeftModel:
     in_full = [
         *(norm_names(model) if arguments.train_norms else ()),
         *(NAMES if projections(model) else ()),
+        *((SINKS,) if sinks(model) else ()),
         *(position_tables(model) if extension_of(model) is not None else ()),
         *(embedding_names(model) if arguments.train_embeddings else ()),
     ]

@@ -9,10 +9,10 @@ import torch
 
 from ..evaluate.head import is_masked
 from ..hf import patch_model
+from ..hf.added_weights import read_added_weights
 from ..hf.describe import is_causal
 from ..hf.extension import extend_positions, readable_tokens
 from ..hf.loading import language_model_class, load_base, load_tokenizer, read_config
-from ..hf.projection_files import read_projections
 from ..hf.sources import check_source, is_adapter
 from .config.model import ModelArguments
 
@@ -52,8 +52,9 @@ def load_patched(arguments: ModelArguments, length: int) -> tuple[Any, Any]:
         backend=arguments.backend,
         layers=arguments.layers,
         seq_len=length,
+        learned_sinks=arguments.learned_sinks and not arguments.dense_control,
     )
-    read_projections(model, name, required=False)
+    read_added_weights(model, name, required=False)
     model.config.use_cache = False
     return model, tokenizer
 

@@ -56,6 +56,7 @@ def _attend(
     segments: Segments,
     backend: str,
     far: Any,
+    sinks: Tensor | None,
 ) -> Tensor:
     wider = replace(call, pattern=Union.of(call.pattern, window))
-    return attend(query, key, value, wider, segments, backend, far)
+    return attend(query, key, value, wider, segments, backend, far, sinks)

@@ -34,8 +34,10 @@ def hopper(monkeypatch):
     )
 
 
-def pick(pattern, device, dtype, length, *, backend="auto", head_size=64, gradients=True, **options):
-    inputs = Inputs(device, dtype, head_size, gradients)
+def pick(
+    pattern, device, dtype, length, *, backend="auto", head_size=64, gradients=True, sinks=False, **options
+):
+    inputs = Inputs(device, dtype, head_size, gradients, sinks)
     return preview(Call(pattern, **options), inputs, heads=4, length=length, backend=backend)
 
 
@@ -67,6 +69,18 @@ def test_auto_leaves_out_what_cannot_run():
     assert pick(window, CUDA, BF16, 4096, softcap=30.0) == ("flex", "flex_attention")
     assert pick(window, CUDA, FP32, 4096, head_size=256) == ("flex", "flex_attention")
     assert pick(window, CUDA, BF16, 4096, head_size=512) == ("torch", "tiled")
+    assert pick(window, CUDA, BF16, 4096, sinks=True) == ("flex", "flex_attention")
+    assert pick(window, CUDA, BF16, 600, sinks=True) == ("torch", "tiled")
+    assert pick(Full(), CUDA, BF16, 600, sinks=True) == ("torch", "tiled")
+
+
+def test_recorders_that_are_open_at_once_are_two():
+    q, k, v, _ = tensors(Shape(2, 2, 9, 9))
+    with recording() as outer:
+        with recording() as inner:
+            pass
+        attend(q, k, v, Call(SlidingWindow(3)))
+    assert (len(outer.calls), len(inner.calls)) == (1, 0)
 
 
 def test_auto_without_triton_or_on_an_old_device(monkeypatch):

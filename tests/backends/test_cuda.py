@@ -144,6 +144,22 @@ def test_auto_in_half_precision(dtype):
         assert (attend(q, k, v, call_of(name)).double() - want).abs().max() < 0.05  # 8 bits of values up to 4
 
 
+@pytest.mark.parametrize("backend", ["torch", "flex"])
+@pytest.mark.parametrize("name", ["sliding_window", "streaming_llm", "strided"])
+def test_learned_sinks_in_float32(name, backend):
+    """FlexAttention's log-sum-exp is differentiated where sinks join what it returns."""
+    q, k, v, grad = (x.detach().float().cuda() for x in tensors(SHAPE))
+    inputs = [x.requires_grad_() for x in (q, k, v, torch.linspace(-2.0, 3.0, 4, device="cuda"))]
+    call = Call(pattern_of(name, SHAPE.k_len))
+    out = attend(*inputs[:3], call, backend=backend, sinks=inputs[3])
+    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    want = attend(*exact[:3], call, backend="reference", sinks=exact[3])
+    assert_close(out.double().cpu(), want, atol=2e-3, rtol=2e-3)  # products may be rounded to TF32
+    got = torch.autograd.grad(out, inputs, grad)
+    for g, w in zip(got, torch.autograd.grad(want, exact, grad.double().cpu()), strict=True):
+        assert_close(g.double().cpu(), w, atol=1e-2 * float(w.abs().max()), rtol=0.0)
+
+
 @pytest.mark.parametrize("name", ["sliding_window", "streaming_llm", "sparse_transformer_strided"])
 def test_lengths_share_kernels(name):
     """20 lengths that are padded alike compile what one of them does; seen again, nothing."""

@@ -228,6 +228,18 @@ def test_a_saved_pattern_and_the_name_of_an_implementation(tmp_path, tiny_model,
         SparseHFLM(folder, device="cpu", attn_implementation="sparse_strided")
 
 
+def test_learned_sinks_saved_with_a_model_are_read(tmp_path, tiny_model, tiny_tokenizer):
+    folder, ids = str(tmp_path / "saved"), torch.arange(3, 40)[None]
+    hf_sparse.patch_model(tiny_model, "sliding_window", window=5, learned_sinks=True)
+    with torch.no_grad():
+        tiny_model.model.layers[1].self_attn.learned_sinks.weight.add_(0.05)
+        tiny_model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        found = SparseHFLM(folder, device="cpu", dtype="float32")
+        assert found.proof()["settings"]["learned_sinks"] is True
+        assert torch.equal(found.model(ids).logits, tiny_model(ids).logits)
+
+
 def test_the_first_process_has_the_counts_of_all(tiny_model, tiny_tokenizer, monkeypatch):
     """lm_eval waits for every process after each kind of request; the others begin at zero again."""
     hf_sparse.patch_model(tiny_model, "sliding_window", window=5)

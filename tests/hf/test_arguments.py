@@ -21,9 +21,7 @@ def _call(model, **kwargs):
     return sparse_attention(module, query, key, key, **{"attention_mask": None, **kwargs})
 
 
-@pytest.mark.parametrize(
-    "name", ["s_aux", "position_bias", "indices", "block_indices", "sinks", "head_mask", "cache"]
-)
+@pytest.mark.parametrize("name", ["position_bias", "indices", "block_indices", "sinks", "head_mask", "cache"])
 def test_an_argument_that_is_part_of_the_scores_is_refused_by_name(name):
     model = hf_sparse.patch_model(tiny("llama"), "sliding_window", window=3)
     with pytest.raises(ValueError, match=f"LlamaAttention passes '{name}' to attention"):

@@ -52,7 +52,7 @@ def test_a_checkpoint_without_them_or_a_name_alone_is_refused(tmp_path):
     weights = {k: v for k, v in weights.items() if "layer.1.attention.self.key_global" not in k}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"lacks 2 weights of its global projections, such as .*key_global\.bias"
+        ValueError, match=r"lacks 2 weights that its pattern adds, such as .*key_global\.bias"
     ):
         hf_sparse.load(tmp_path)
 
@@ -91,7 +91,7 @@ def test_an_adapter_that_would_lose_them_is_refused(lora, tmp_path):
         attention = model.base_model.model.bert.encoder.layer[0].attention.self
         attention.query_global.weight.add_(0.1)
     with pytest.raises(
-        ValueError, match=r"query_global is no copy any more .* modules_to_save=\['query_global'"
+        ValueError, match=r"query_global was trained but is .* modules_to_save=\['query_global'"
     ):
         hf_sparse.save_adapter(model, tmp_path / "adapter")
 

@@ -274,7 +274,7 @@ def test_what_computes_attention_is_put_back_when_blocks_are_nested():
     ids, seen = batch_of("llama")["input_ids"], []
 
     def noted(label):
-        def compute(module, query, key, value, call, segments, backend, far):
+        def compute(module, query, key, value, call, segments, backend, far, sinks):
             seen.append(label)
             return query.new_zeros(query.shape)
 

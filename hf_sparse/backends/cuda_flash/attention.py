@@ -33,6 +33,8 @@ def unsupported(call: Call, inputs: Inputs, plans: list[Plan | None]) -> list[st
         reasons.append(f"head size {inputs.head_size} is above {LARGEST_HEAD}")
     if call.softcap is not None:
         reasons.append(f"the operators have no soft-cap (here {call.softcap})")
+    if inputs.sinks:
+        reasons.append("the operators are not merged with learned sinks here")
     if call.dropout:
         reasons.append(f"dropout of attention weights (here {call.dropout}) does not merge over parts")
     groups = [(plan, group) for plan in plans if plan is not None for group in plan.groups]

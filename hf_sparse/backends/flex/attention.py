@@ -48,6 +48,8 @@ def unsupported(call: Call, inputs: Inputs, plans: list[Plan | None]) -> list[st
         # Its bounds are arithmetic on one axis of positions.
         return [*reasons, "FlexAttention has no calls over a cache whose old keys are held apart"]
     groups = [(plan, group) for plan in plans if plan is not None for group in plan.groups]
+    if device == "cpu" and inputs.sinks:
+        reasons.append("on the CPU FlexAttention does not return what learned sinks are merged with")
     if device == "cpu" and any(len(orders_of(plan, group).merged) > 1 for plan, group in groups):
         reasons.append(
             "the pattern needs several calls, and on the CPU FlexAttention does not return what merges them"
@@ -57,39 +59,52 @@ def unsupported(call: Call, inputs: Inputs, plans: list[Plan | None]) -> list[st
 
 
 def flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, plan: Plan, group: HeadPlan
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    plan: Plan,
+    group: HeadPlan,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the attention [B, h, Q, Dv] of one sequence's heads `group.heads`; `unsupported` is empty.
 
     Args:
         query: [B, h, Q, D]; key: [B, h_kv, K, D]; value: [B, h_kv, K, Dv], of one dtype.
+        sinks: [h] float32, a logit per head beside the scores of each row.
     """
     orders = orders_of(plan, group)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    several = len(orders.merged) > 1
-    results = [_run(query, key, value, call, order, gradients, several) for order in orders.merged]
-    if several:
-        out = _merged([o for o, _ in results], [lse for _, lse in results if lse is not None])
+    merging = len(orders.merged) > 1 or sinks is not None
+    results = [_run(query, key, value, call, order, gradients, merging) for order in orders.merged]
+    if results and merging:
+        out = _merged([o for o, _ in results], [lse for _, lse in results if lse is not None], sinks)
     elif results:
         out = results[0][0]
     else:
         out = query.new_zeros((*query.shape[:3], value.shape[-1]))
     for order in orders.placed:
-        part, _ = _run(query, key, value, call, order, gradients, False)
+        part, lse = _run(query, key, value, call, order, gradients, sinks is not None)
+        if lse is not None:
+            part = _merged([part], [lse], sinks)
         assert order.queries is not None
         rows = torch.from_numpy(order.queries).to(query.device, non_blocking=True)
         out = out.index_copy(2, rows, part)
     return out
 
 
-def _merged(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
-    """Return the output over all keys from those over disjoint ones: sum of o_i * exp(lse_i - lse)."""
+def _merged(outs: list[Tensor], lses: list[Tensor], sinks: Tensor | None) -> Tensor:
+    """Return the output over all keys from those over disjoint ones, and sinks [h]: sum of o_i * exp(lse_i - lse)."""
+    if sinks is not None:
+        lses = [*lses, sinks[:, None].to(lses[0].dtype).expand_as(lses[0])]
     # Any common shift is right, so none of its gradient is needed.
     top = torch.stack([lse.detach() for lse in lses]).amax(0)
     top = top.masked_fill(top == float("-inf"), 0.0)
     weights = [(lse - top).exp() for lse in lses]
     total = torch.stack(weights).sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-    out = torch.stack([o * (w / total)[..., None] for o, w in zip(outs, weights, strict=True)]).sum(0)
+    out = torch.stack(
+        [o * (w / total)[..., None] for o, w in zip(outs, weights[: len(outs)], strict=True)]
+    ).sum(0)
     return out.to(outs[0].dtype)
 
 

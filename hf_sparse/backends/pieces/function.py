@@ -13,29 +13,34 @@ from ...plan.segments import Segments
 from ..call import Call
 from .heads import head_blocks
 from .lists import Tensors
+from .merge import join_sinks, share_of
 from .step import is_step, step_attention
 from .view import View
 from .walk import Pass, make_pass, needs_merging
 
 
-def torch_attention(views: Sequence[View], value: Tensor, call: Call, segments: Segments) -> Tensor:
-    """Return the attention [B, H, Q, Dv] of one call; the tensors share one dtype."""
+def torch_attention(
+    views: Sequence[View], value: Tensor, call: Call, segments: Segments, sinks: Tensor | None = None
+) -> Tensor:
+    """Return the attention [B, H, Q, Dv] of one call; the tensors share one dtype, but `sinks` [H] are never half."""
     # Of a longer call every sequence may have one query too, where the rest is padding.
     if views[0].query.shape[2] == 1 and is_step(call, [plan for view in views for plan in view.plans]):
-        return step_attention(views, value, call, segments)
+        return step_attention(views, value, call, segments, sinks)
     # The host's generator, so that gradient checkpointing, which restores it, draws the same masks again.
     seed = int(torch.randint(2**62, ()).item()) if call.dropout else 0
     plans = [view.plans for view in views]
-    return _Attention.apply(value, call, segments, plans, seed, *(x for view in views for x in view[:2]))
+    scored = (x for view in views for x in view[:2])
+    return _Attention.apply(value, sinks, call, segments, plans, seed, *scored)
 
 
 class _Attention(torch.autograd.Function):
-    """value: [B, H_kv, K, Dv]; scored: query and key of each view in turn; plans: those of each view."""
+    """value: [B, H_kv, K, Dv]; sinks: [H] or None; scored: query and key of each view in turn; plans: of each."""
 
     @staticmethod
     def forward(
         ctx: Any,
         value: Tensor,
+        sinks: Tensor | None,
         call: Call,
         segments: Segments,
         plans: list[list[Plan | None]],
@@ -43,12 +48,14 @@ class _Attention(torch.autograd.Function):
         *scored: Tensor,
     ) -> Tensor:
         ctx.call, ctx.segments, ctx.plans, ctx.seed = call, segments, plans, seed
+        ctx.with_sinks = sinks is not None
         views = _views(ctx, scored)
         batch, heads, q_len, _ = scored[0].shape
         exact = torch.promote_types(value.dtype, torch.float32)
         layout = (batch, q_len, heads, value.shape[-1])
         # Half precision is rounded once, after the last piece.
-        out = value.new_empty(layout, dtype=exact if _merges(views, call) else value.dtype).transpose(1, 2)
+        merging = sinks is not None or _merges(views, call)
+        out = value.new_empty(layout, dtype=exact if merging else value.dtype).transpose(1, 2)
         lse = value.new_empty((batch, heads, q_len), dtype=exact)
         if not segments.is_whole:
             out.zero_()
@@ -63,11 +70,13 @@ class _Attention(torch.autograd.Function):
                 whole = Tensors(query[rows, :, at], key[rows, :, slots], v, o, part)
                 for step, tensors in _passes(ctx, number, index, own, whole):
                     step.forward(tensors)
+            if sinks is not None:
+                join_sinks(o, part, sinks)
             if not isinstance(slots, slice):  # a sequence with holes was gathered
                 out[rows, :, at] = o
                 lse[rows, :, at] = part
         out = out.to(value.dtype)
-        ctx.save_for_backward(value, out, lse, *scored)
+        ctx.save_for_backward(value, out, lse, sinks, *scored)
         return out
 
     @staticmethod
@@ -76,11 +85,12 @@ class _Attention(torch.autograd.Function):
             raise ValueError(
                 "the torch backend has no second derivatives, got create_graph=True; use backend='reference'"
             )
-        value, out, lse, *scored = ctx.saved_tensors
+        value, out, lse, sinks, *scored = ctx.saved_tensors
         views = _views(ctx, scored)
         q_len, k_len = out.shape[2], value.shape[2]
         exact = torch.promote_types(value.dtype, torch.float32)
         dvalue = _like(value, exact, torch.zeros)
+        dsinks = None if sinks is None else torch.zeros_like(sinks)
         shares: list[tuple[Tensor, Tensor]] = []
         for view in views:
             merging = _merges([view], ctx.call)
@@ -95,6 +105,8 @@ class _Attention(torch.autograd.Function):
                 continue
             g, o, part = grad[rows, :, at], out[rows, :, at], lse[rows, :, at]
             v, dv = value[rows, :, slots], dvalue[rows, :, slots]
+            if dsinks is not None:  # a softmax's gradient, for a value of 0
+                dsinks -= (share_of(sinks[:, None], part) * (g.to(exact) * o).sum(-1)).sum((0, 2))
             for index in own:
                 (query, key, _), (dquery, dkey) = views[index], shares[index]
                 q, k, dq, dk = (
@@ -111,7 +123,7 @@ class _Attention(torch.autograd.Function):
             if not isinstance(slots, slice):
                 dvalue[rows, :, slots] = dv
         scored_shares = (x.to(value.dtype) for share in shares for x in share)
-        return dvalue.to(value.dtype), None, None, None, None, *scored_shares
+        return dvalue.to(value.dtype), dsinks, None, None, None, None, *scored_shares
 
 
 def _views(ctx: Any, scored: Sequence[Tensor]) -> list[View]:
@@ -136,7 +148,8 @@ def _passes(
         for block in head_blocks(group.heads, tensors.query.shape[1] // tensors.key.shape[1]):
             heads = tensors.heads(block.query, block.key)
             query, key, merges = heads.query, heads.key, index != own[0]
-            yield make_pass(group, block.first, query, key, ctx.call, seed, len(own) > 1, merges), heads
+            shares_rows = len(own) > 1 or ctx.with_sinks
+            yield make_pass(group, block.first, query, key, ctx.call, seed, shares_rows, merges), heads
             seed += 1 << 32
 
 

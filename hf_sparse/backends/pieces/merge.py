@@ -26,6 +26,18 @@ def merged(out: Tensor, lse: Tensor, o: Tensor, part: Tensor) -> tuple[Tensor, T
     return torch.lerp(out.to(share.dtype), o.to(share.dtype), share), total.log_().add_(top)
 
 
+def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Merge in place with one more key per row, scored `sinks` [H] and of value 0: out [B, H, Q, Dv], lse [B, H, Q]."""
+    joined = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
+    out *= share_of(lse, joined)[..., None].to(out.dtype)
+    lse.copy_(joined)
+
+
+def share_of(part: Tensor, lse: Tensor) -> Tensor:
+    """Return exp(part - lse), the share of a row's weights that keys of log-sum-exp `part` have; 0 of nothing."""
+    return (part - lse.masked_fill(lse == float("-inf"), 0.0)).exp()
+
+
 def put(target: Tensor, share: Tensor, writes: bool) -> None:
     """Write a share of a gradient, or add it to what other pieces gave."""
     if writes:

@@ -32,8 +32,10 @@ def is_step(call: Call, plans: Sequence[Plan | None]) -> bool:
     return bool(queries) and all(plan.reads is not None for plan in queries) and not call.dropout
 
 
-def step_attention(views: Sequence[View], value: Tensor, call: Call, segments: Segments) -> Tensor:
-    """Return the attention [B, H, 1, Dv] of one query per sequence; every plan has `reads`.
+def step_attention(
+    views: Sequence[View], value: Tensor, call: Call, segments: Segments, sinks: Tensor | None = None
+) -> Tensor:
+    """Return the attention [B, H, 1, Dv] of one query per sequence; every plan has `reads`; sinks: [H].
 
     Slots that no row of the batch reads are not read, unless they lie between some that are: those must be finite.
     """
@@ -46,10 +48,10 @@ def step_attention(views: Sequence[View], value: Tensor, call: Call, segments: S
     layout: _Layout = segments.memo[known]
     if layout.is_whole:
         ((block, fetches),) = layout.blocks
-        return _attend(views, value, call, layout.rows, block, fetches)
+        return _attend(views, value, call, layout.rows, block, fetches, sinks)
     out = value.new_zeros((query.shape[0], heads, 1, value.shape[-1]))
     for block, fetches in layout.blocks:
-        out[layout.rows, block.query] = _attend(views, value, call, layout.rows, block, fetches)
+        out[layout.rows, block.query] = _attend(views, value, call, layout.rows, block, fetches, sinks)
     return out
 
 
@@ -122,11 +124,12 @@ def _attend(
     rows: slice | Tensor,
     heads: HeadBlock,
     fetches: list[tuple[Fetch, ...]],
+    sinks: Tensor | None,
 ) -> Tensor:
     """Return the attention [R, h, 1, Dv] of one block of heads over what they read."""
     exact = torch.promote_types(value.dtype, torch.float32)
     scale = views[0].query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    only = fetches[0][0] if [len(own) for own in fetches] == [1] else None
+    only = fetches[0][0] if sinks is None and [len(own) for own in fetches] == [1] else None
     if only is not None and only.is_view and call.softcap is None and exact == value.dtype:
         keys, seen = (x[rows, heads.key, only.slots] for x in (views[0].key, value))
         own_rows = views[0].query[rows, heads.query].unflatten(1, (keys.shape[1], -1)).squeeze(3)
@@ -146,6 +149,10 @@ def _attend(
                 score = score.masked_fill(~fetch.allowed, float("-inf"))
             scores.append(score)
             values.append(fetch.take(value, rows, heads.key).to(exact))
+    if sinks is not None:  # one more column, whose weight goes to no value
+        scores.append(
+            sinks[heads.query].view(scores[0].shape[1:3])[None, ..., None].expand_as(scores[0][..., :1])
+        )
     weights = (
         torch.cat(scores, -1).softmax(-1).split([score.shape[-1] for score in scores], -1)
         if len(scores) > 1
@@ -153,7 +160,7 @@ def _attend(
     )
     parts = [
         (weight.unflatten(2, (v.shape[2], -1)) @ v).flatten(2, 3)
-        for weight, v in zip(weights, values, strict=True)
+        for weight, v in zip(weights, values, strict=sinks is None)
     ]
     out = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return out.flatten(1, 2)[:, :, None].to(value.dtype)

@@ -50,7 +50,8 @@ class Pass:
 
     first_head: place of query head 0 of the tensors in the plan's group of heads.
     is_fused: the fused operator computes what it can.
-    shares_rows: other passes serve the same rows with other keys, or with the same ones seen from elsewhere.
+    shares_rows: other passes serve the same rows with other keys, or with the same ones seen from elsewhere, or a sink
+        joins them.
     merges: one of them came before: what it gave is merged with, not overwritten.
     """
 

@@ -52,7 +52,10 @@ def lost_mass(seen: LayerCall, candidates: Sequence[Pattern]) -> Tensor:
         if call.softcap is not None:
             scores = call.softcap * (scores / call.softcap).tanh()
         admitted = call.constraint.admits(row, column)
-        weights = scores.masked_fill(~admitted, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~admitted, float("-inf"))
+        if seen.sinks is not None:
+            scores = torch.cat((scores, seen.sinks.float()[:, None, None].expand(heads, len(row), 1)), -1)
+        weights = scores.softmax(-1)[..., :n]
         for number, (candidate, context) in enumerate(zip(candidates, contexts, strict=True)):
             allowed = call.constraint.allowed(candidate, context, head, row, column)
             total[:, number] += (weights * ~allowed).sum((1, 2))

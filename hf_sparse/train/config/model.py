@@ -41,6 +41,11 @@ class ModelArguments(Section):
     layers: list[int] | None = option(
         None, "layers that get the pattern, the others stay dense; default: all"
     )
+    learned_sinks: bool = option(
+        False,
+        "give each query head of the sparse layers a logit that joins its softmax and has no value, trained beside "
+        "LoRA, so that a head may attend to nothing (as GPT-OSS has them)",
+    )
     backend: str = option("auto", f"how attention is computed: {', '.join(BACKENDS)}")
     dense_control: bool = option(
         False,

@@ -1,4 +1,4 @@
-"""The weights of global projections in the files of a checkpoint, which `from_pretrained` has no place for."""
+"""Weights that a pattern adds to a model, in files of a checkpoint: `from_pretrained` has no place for them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .global_projections import NAMES, has_projections, own_layers, plain_layer
+from .learned_sinks import NAME, has_sinks
 
 
-def read_projections(model: PreTrainedModel, source: str, *, required: bool, **hub: Any) -> None:
-    """Put the projections saved in a folder or on the hub into a patched model.
+def read_added_weights(model: PreTrainedModel, source: str, *, required: bool, **hub: Any) -> None:
+    """Put the global projections and learned sinks saved in a folder or on the hub into a patched model.
 
     Args:
-        required: they must be there; else the model keeps the copies that patching made where there are none.
+        required: they must be there; else the model keeps what patching made where there are none.
         hub: where on the hub, as for ``from_pretrained``.
     Raises:
-        ValueError: files that cannot be read, or that hold only some of the projections.
+        ValueError: files that cannot be read, or that hold only some of them.
     """
     prefix = f"{model.base_model_prefix}."
     wanted = {
         f"{path}.{name}.{part}".removeprefix(prefix): tensor
         for path, module in model.named_modules()
-        if has_projections(module)
-        for name in NAMES
+        for name in added_names(module)
         for part, tensor in module.get_submodule(name).named_parameters()
     }
     if not wanted:
@@ -42,12 +42,12 @@ def read_projections(model: PreTrainedModel, source: str, *, required: bool, **h
                 found |= {name: tensors.get_tensor(keys[name]) for name in wanted if name in keys}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"the global projections in {source} cannot be read ({error}); save it again"
+            f"the weights that the pattern added in {source} cannot be read ({error}); save it again"
         ) from error
     missing = sorted(wanted.keys() - found.keys())
     if missing and (required or found):
         raise ValueError(
-            f"{source} lacks {len(missing)} weights of its global projections, such as {missing[0]}; save it again"
+            f"{source} lacks {len(missing)} weights that its pattern adds, such as {missing[0]}; save it again"
         )
     with torch.no_grad():
         for name, tensor in found.items():
@@ -55,8 +55,13 @@ def read_projections(model: PreTrainedModel, source: str, *, required: bool, **h
 
 
 def trained_apart(model: nn.Module) -> str | None:
-    """Return the name of a projection that an adapter on `model` would not save, though it is no copy any more."""
+    """Return the name of an added module that an adapter on `model` would not save, though it was trained."""
     for path, module in model.named_modules():
+        if has_sinks(module):
+            member = module.get_submodule(NAME)
+            held = hasattr(member, "modules_to_save")
+            if not held and bool(member.get_parameter("weight").any()):
+                return f"{path}.{NAME}"
         if not has_projections(module):
             continue
         for name, own in zip(NAMES, own_layers(module), strict=True):
@@ -68,6 +73,11 @@ def trained_apart(model: nn.Module) -> str | None:
             if not torch.equal(ours.weight, theirs.weight):
                 return f"{path}.{name}"
     return None
+
+
+def added_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that a pattern has added to this attention module, as adapters name them."""
+    return (*(NAMES if has_projections(module) else ()), *((NAME,) if has_sinks(module) else ()))
 
 
 def _files(source: str, hub: dict[str, Any]) -> list[str]:
