@@ -38,9 +38,8 @@ class SafeStateTrainer(Trainer):
 
     def _save_trainer_state(self, folder: Path) -> None:
         callbacks: list[Any] = [*self.callback_handler.callbacks, self.control]
-        exported = TrainerState(
-            stateful_callbacks=[each for each in callbacks if isinstance(each, ExportableState)]  # type: ignore[misc]
-        )
+        stateful: list[Any] = [each for each in callbacks if isinstance(each, ExportableState)]
+        exported = TrainerState(stateful_callbacks=stateful)
         written = copy.copy(self.state)
         written.stateful_callbacks = exported.stateful_callbacks
         written.best_model_checkpoint = None  # found by its step, for the run's folder may be moved
