@@ -65,7 +65,7 @@ def _recovery(recovery: Mapping[str, list[dict[str, Any]]]) -> str:
             ]
         )
     head = ["recipe", "density", "untrained, above dense", "gap closed, by seed", "asked", "left, by seed"]
-    return _table([*head, "of sliding_window's gap"], rows)
+    return _table([*head, "of the gap of a window of 256"], rows)
 
 
 def _positions(recovery: Mapping[str, list[dict[str, Any]]]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recover_cases import CONTROL, LENGTH, RECIPES, SEEDS, TRIALS
+from recover_cases import CONTROL, LENGTH, RECIPES, SAME_DENSITY, SEEDS, TRIALS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
@@ -19,6 +19,7 @@ from hf_sparse.evaluate.probes import probe
 from hf_sparse.evaluate.results import Result, Run
 from hf_sparse.hf import SparseSettings, settings
 from hf_sparse.hf.pattern_file import settings_of
+from hf_sparse.patterns import Pattern, get_pattern
 from hf_sparse.train import AdaptationArguments, ConfigParser, SparseTrainingArguments
 
 ROOT = Path(__file__).resolve().parent
@@ -55,9 +56,7 @@ class Study:
         )
         base = untrained.find(False)[0]
         before = next(run for run in untrained.runs if run.label == sparse.label)
-        window = next(
-            run for run in untrained.runs if run.label == str(settings_of_recipe(RECIPES[0]).pattern)
-        )
+        window = next(run for run in untrained.runs if run.label == str(same_density()))
         by_position = enumerate(untrained.position_difference(sparse, dense))
         return {
             "seed": seed,
@@ -160,7 +159,7 @@ class Study:
         """Dense attention and every recipe's pattern, nothing trained."""
         if split not in self._untrained:
             model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
-            patterns = list(dict.fromkeys(settings_of_recipe(name) for name in RECIPES))
+            patterns = list(dict.fromkeys([*map(settings_of_recipe, RECIPES), settings_of(same_density())]))
             self._untrained[split] = self._perplexity(model, patterns, split, "untrained")
         return self._untrained[split]
 
@@ -209,6 +208,12 @@ def settings_of_recipe(name: str) -> SparseSettings:
     parser = ConfigParser((AdaptationArguments, SparseTrainingArguments))
     arguments, _ = parser.parse(["--config", str(recipe_file(name))])
     return settings_of(arguments.chosen_pattern())
+
+
+def same_density() -> Pattern:
+    """The window of the density of the calibrated recipe, which a gap closed is compared with."""
+    name, options = SAME_DENSITY
+    return get_pattern(name, **options)
 
 
 def say(line: str) -> None:

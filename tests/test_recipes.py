@@ -81,12 +81,13 @@ def test_a_mistake_is_one_sentence_and_status_2(tiny, tmp_path):
 
 
 PATTERNS = {
-    "sliding_window": hf_sparse.SlidingWindow(256),
-    "streaming_llm": hf_sparse.StreamingLLM(4, 252),
-    "longformer": hf_sparse.Longformer(192, tuple(range(0, 2048, 32))),
-    "sparse_transformer_fixed": hf_sparse.SparseTransformerFixed(128, 24),
-    "bigbird": hf_sparse.BigBird(block=32, window_blocks=3, global_blocks=2, random_blocks=3),
-    "strided": hf_sparse.SlidingWindow(128) | hf_sparse.Strided(16),
+    "sliding_window": hf_sparse.SlidingWindow(128),
+    "streaming_llm": hf_sparse.StreamingLLM(4, 124),
+    "longformer": hf_sparse.Longformer(64, tuple(range(0, 2048, 32))),
+    "sparse_transformer_fixed": hf_sparse.SparseTransformerFixed(128, 8),
+    "sparse_transformer_strided": hf_sparse.SparseTransformerStrided(128),
+    "bigbird": hf_sparse.BigBird(block=16, window_blocks=3, global_blocks=1, random_blocks=4),
+    "strided": hf_sparse.Strided(8),
     "layered": hf_sparse.Layered(pattern=hf_sparse.SlidingWindow(96), dense_every=6),
     "calibrated": None,  # chosen by calibration, head by head
 }

@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backends import Call, attend
 from ..evaluate.variants import base_of
 from ..hf import patched
-from ..hf.attention import computed_by
+from ..hf.computed import AttentionCall, computed_by
 from ..patterns import Pattern
-from ..plan import Segments
 from .units import Units
 
 DENSE = 0  # the number of the candidate that every model begins with
@@ -24,21 +22,14 @@ DENSE = 0  # the number of the candidate that every model begins with
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One attention call of a forward pass, as a `Gated` hands it to who watches.
+    """One attention call of a forward pass, as a `Gated` hands it to who watches; `layer` counts attention layers."""
 
-    layer: counts attention layers.
-    query: [B, H, N, D]; key, value: [B, H_kv, N, D].
-    """
-
-    module: nn.Module
     layer: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    call: Call
-    segments: Segments
-    sinks: Tensor | None  # [H], of a model that has some
-    attend: Callable[[Pattern], Tensor]  # the attention [B, H, N, D] of this call under another pattern
+    asked: AttentionCall
+
+    def attend(self, pattern: Pattern) -> Tensor:
+        """Return the attention [B, H, N, D] of this call under another pattern."""
+        return self.asked.under(pattern).attend()
 
 
 class Gated:
@@ -76,7 +67,7 @@ class Gated:
             for candidate, used in zip(self.candidates, mixed, strict=True):
                 with torch.set_grad_enabled(used and torch.is_grad_enabled()):
                     outs.append(seen.attend(candidate))
-            per_head = own.to(seen.query.device).repeat_interleave(self.units.size, 0)
+            per_head = own.to(seen.asked.query.device).repeat_interleave(self.units.size, 0)
             return _Mixture.apply(per_head, tuple(mixed), *outs)
 
         with self._computed(compute):
@@ -95,23 +86,8 @@ class Gated:
 
     @contextmanager
     def _computed(self, compute: Callable[[LayerCall], Tensor]) -> Iterator[None]:
-        def own(
-            module: nn.Module,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            call: Call,
-            segments: Segments,
-            backend: str,
-            far: Any,
-            sinks: Tensor | None,
-        ) -> Tensor:
-            def under(pattern: Pattern) -> Tensor:
-                own = replace(call, pattern=pattern)
-                return attend(query, key, value, own, segments, self.backend, None, sinks)
-
-            number = self._number[call.layer]
-            return compute(LayerCall(module, number, query, key, value, call, segments, sinks, under))
+        def own(asked: AttentionCall) -> Tensor:
+            return compute(LayerCall(self._number[asked.call.layer], replace(asked, backend=self.backend)))
 
         base = base_of(self.model)
         dense = np.full(self.units.shape, DENSE)

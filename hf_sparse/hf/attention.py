@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import Call, attend
-from ..patterns import get_pattern
+from ..backends import Call
 from ..patterns.places import Places
 from ..patterns.selected_heads import of_layer
 from ..plan import Constraint, Segments
 from .call_arguments import OWN_SINKS, POSITIONS, refuse_arguments
+from .computed import AttentionCall, compute_of, keep_output
 from .dense import DenseMask, dense_attention, stays_dense
 from .far import far_pair
 from .global_projections import replace_global_rows
@@ -27,10 +27,6 @@ from .rotary import Rotation
 from .shared_heads import holds_some, pattern_of_heads, refuse_spread_tokens
 from .stored_settings import PREFIX, pattern_of_layer, settings_for
 from .weights import attention_weights, weights_of_parts, weights_wanted
-
-_FULL = get_pattern("full")
-_COMPUTE = "_hf_sparse_compute"  # what a module's attention is computed by, in place of `attend`
-_KEPT = "_hf_sparse_kept"  # the list that a module's outputs are added to
 
 
 def sparse_attention(
@@ -93,12 +89,14 @@ def sparse_attention(
         held = None if mask.far_keys is None else mask.far_keys(call.layer)
         far = far_pair(rotation, places, query, key, segments, mask.base, mask.memo, held)
     parts = None if mask.held_heads is None else mask.held_heads(call.layer, key, value)
-    compute, is_dense = module.__dict__.get(_COMPUTE, (_attend, False))
+    compute, is_dense = compute_of(module)
     trial = probe is not None
     sinks = sinks_of_call(module, query, mask.settings, layer, own_sinks, is_dense=is_dense, trial=trial)
     if parts is None:
-        out = compute(module, query, key, value, call, segments, mask.settings.backend, far, sinks)
-    elif compute is _attend:
+        backend = mask.settings.backend
+        asked = AttentionCall(module, query, key, value, call, segments, backend, far, sinks)
+        out = asked.attend() if compute is None else compute(asked)
+    elif compute is None:
         out = attend_parts(query, parts, call, mask.settings.backend, sinks)
     else:
         raise ValueError(
@@ -108,8 +106,7 @@ def sparse_attention(
     out = out.transpose(1, 2).contiguous()
     if not is_dense:
         out = replace_global_rows(module, query, key, value, out, call, segments, trial)
-    if (kept := module.__dict__.get(_KEPT)) is not None:
-        kept.append(out.transpose(1, 2))
+    keep_output(module, out.transpose(1, 2))
     if not weights_wanted(output_attentions):
         return out, None
     if parts is not None:
@@ -218,60 +215,3 @@ def observed_inputs() -> Iterator[list[tuple[torch.nn.Module, Tensor, Tensor]]]:
         yield seen
     finally:
         del _observer.inputs
-
-
-def _attend(module: nn.Module, *args: Any) -> Tensor:
-    return attend(*args)
-
-
-@contextmanager
-def computed_by(
-    model: nn.Module, compute: Callable[..., Tensor], *, is_dense: bool = False
-) -> Iterator[None]:
-    """Let `compute` give every sparse attention of `model` inside the block, in place of `attend`.
-
-    It gets the attention module first and then what `attend` gets, and returns what that returns. Blocks may be
-    nested: the innermost computes.
-
-    is_dense: what it gives is dense attention, in which global queries have no projections of their own, and heads no
-        sinks but those that the model came with.
-    """
-    before = {module: module.__dict__.get(_COMPUTE) for module in model.modules()}
-    for module in before:
-        module.__dict__[_COMPUTE] = (compute, is_dense)
-    try:
-        yield
-    finally:
-        for module, previous in before.items():
-            module.__dict__.pop(_COMPUTE)
-            if previous is not None:
-                module.__dict__[_COMPUTE] = previous
-
-
-@contextmanager
-def kept_outputs(model: nn.Module, wanted: bool = True) -> Iterator[list[Tensor]]:
-    """Collect what each sparse attention call of `model` gives inside the block, [B, H, Q, Dv], in order, if wanted."""
-    outputs: list[Tensor] = []
-    modules = list(model.modules()) if wanted else []
-    for module in modules:
-        module.__dict__[_KEPT] = outputs
-    try:
-        yield outputs
-    finally:
-        for module in modules:
-            module.__dict__.pop(_KEPT)
-
-
-def dense_instead(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    call: Call,
-    segments: Segments,
-    backend: str,
-    far: Any = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attend to all that the model itself allows, whatever the pattern: for `computed_by` with ``is_dense=True``."""
-    return attend(query, key, value, replace(call, pattern=_FULL, near=None), segments, sinks=sinks)

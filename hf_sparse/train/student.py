@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backends import Call, attend
-from ..hf.attention import computed_by, kept_outputs
+from ..hf.computed import AttentionCall, computed_by, kept_outputs
 from ..patterns import Union
 from ..patterns.sliding_window import SlidingWindow
-from ..plan import Segments
 
 
 class StudentAttention:
@@ -46,17 +43,5 @@ class StudentAttention:
             yield outputs
 
 
-def _attend(
-    window: SlidingWindow,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    call: Call,
-    segments: Segments,
-    backend: str,
-    far: Any,
-    sinks: Tensor | None,
-) -> Tensor:
-    wider = replace(call, pattern=Union.of(call.pattern, window))
-    return attend(query, key, value, wider, segments, backend, far, sinks)
+def _attend(window: SlidingWindow, asked: AttentionCall) -> Tensor:
+    return asked.under(Union.of(asked.call.pattern, window)).attend()

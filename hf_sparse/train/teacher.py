@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..evaluate.head import ChunkedHead, States
-from ..hf.attention import computed_by, dense_instead, kept_outputs
+from ..hf.computed import computed_by, dense_instead, kept_outputs
 from ..hf.hooks import mask_owner
 from ..hf.placing import positions_of
 

@@ -25,9 +25,8 @@ from hf_sparse import (
     Strided,
     recording,
 )
-from hf_sparse.backends import attend
-from hf_sparse.hf.attention import computed_by
 from hf_sparse.hf.cache_layer import SparseLayer
+from hf_sparse.hf.computed import AttentionCall, computed_by
 from hf_sparse.hf.kv_bytes import kv_bytes
 from hf_sparse.hf.ragged_layer import RaggedLayer
 from hf_sparse.plan import Constraint, cost, held
@@ -325,7 +324,7 @@ def test_weights_are_those_of_no_cache_with_zeros_for_what_was_dropped(pattern, 
 
 def test_attention_computed_by_something_else_is_refused():
     model, ids = patched(ONE_DENSE), tokens(1, 20)
-    with computed_by(model, lambda module, *args: attend(*args)):
+    with computed_by(model, AttentionCall.attend):
         model(ids, use_cache=False)
         with pytest.raises(ValueError, match="computed by something else"):
             model(ids, past_key_values=hf_sparse.make_cache(model))

@@ -10,7 +10,7 @@ from tiny_models import ALL, logits, tiny, tokens
 import hf_sparse
 from hf_sparse import Longformer, SlidingWindow, StreamingLLM
 from hf_sparse.hf import SparseSettings, settings, settings_from_json, settings_to_json, unpatched
-from hf_sparse.hf.attention import computed_by, dense_instead
+from hf_sparse.hf.computed import computed_by, dense_instead
 from hf_sparse.hf.learned_sinks import NAME, SCALE, sinks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")

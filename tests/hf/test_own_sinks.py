@@ -9,7 +9,7 @@ from tiny_models import _ROPE, logits, random_model, tokens
 import hf_sparse
 from hf_sparse import PerHead, PerLayer, SlidingWindow, StreamingLLM
 from hf_sparse.backends import recording
-from hf_sparse.hf.attention import computed_by, dense_instead
+from hf_sparse.hf.computed import computed_by, dense_instead
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import hf_sparse
-from hf_sparse.hf.attention import computed_by
+from hf_sparse.hf.computed import computed_by
 from hf_sparse.hf.global_projections import NAMES
 from hf_sparse.train.config.objective import ObjectiveArguments
 from hf_sparse.train.lora import attention_targets, embedding_names, norm_names
@@ -274,9 +274,9 @@ def test_what_computes_attention_is_put_back_when_blocks_are_nested():
     ids, seen = batch_of("llama")["input_ids"], []
 
     def noted(label):
-        def compute(module, query, key, value, call, segments, backend, far, sinks):
+        def compute(asked):
             seen.append(label)
-            return query.new_zeros(query.shape)
+            return asked.query.new_zeros(asked.query.shape)
 
         return compute
 

@@ -38,9 +38,9 @@ class AttentionMass(Score):
 
 def lost_mass(seen: LayerCall, candidates: Sequence[Pattern]) -> Tensor:
     """Return [H, C]: for each head the mean over queries of the dense weight on keys that a candidate leaves out."""
-    query, call = seen.query[0], seen.call
+    query, call = seen.asked.query[0], seen.asked.call
     heads, n, size = query.shape
-    key = seen.key[0].repeat_interleave(heads // seen.key.shape[1], 0).float().mT
+    key = seen.asked.key[0].repeat_interleave(heads // seen.asked.key.shape[1], 0).float().mT
     scale = size**-0.5 if call.scale is None else call.scale
     contexts = [call.constraint.context(one, layer=call.layer, heads=heads, length=n) for one in candidates]
     head = torch.arange(heads, device=query.device)[:, None, None]
@@ -53,8 +53,10 @@ def lost_mass(seen: LayerCall, candidates: Sequence[Pattern]) -> Tensor:
             scores = call.softcap * (scores / call.softcap).tanh()
         admitted = call.constraint.admits(row, column)
         scores = scores.masked_fill(~admitted, float("-inf"))
-        if seen.sinks is not None:
-            scores = torch.cat((scores, seen.sinks.float()[:, None, None].expand(heads, len(row), 1)), -1)
+        if seen.asked.sinks is not None:
+            scores = torch.cat(
+                (scores, seen.asked.sinks.float()[:, None, None].expand(heads, len(row), 1)), -1
+            )
         weights = scores.softmax(-1)[..., :n]
         for number, (candidate, context) in enumerate(zip(candidates, contexts, strict=True)):
             allowed = call.constraint.allowed(candidate, context, head, row, column)

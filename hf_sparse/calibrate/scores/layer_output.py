@@ -81,7 +81,7 @@ def output_projections(trial: Trial) -> list[nn.Module]:
             found[waiting.pop()[0]] = module
 
     def watch(seen: LayerCall) -> None:
-        waiting[:] = [(seen.layer, seen.query.shape[1] * seen.value.shape[-1])]
+        waiting[:] = [(seen.layer, seen.asked.query.shape[1] * seen.asked.value.shape[-1])]
 
     few = trial.objective.windows[0].ids[:, :4].to(trial.objective.device)
     with ExitStack() as stack, torch.no_grad():
