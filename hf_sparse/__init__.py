@@ -47,6 +47,8 @@ from .patterns.sparse_transformer_fixed import SparseTransformerFixed
 from .patterns.sparse_transformer_strided import SparseTransformerStrided
 from .patterns.streaming_llm import StreamingLLM
 from .patterns.strided import Strided
+from .selectors.quest import Quest
+from .selectors.topk_blocks import TopKBlocks
 
 __version__ = "0.1.0"
 
@@ -65,6 +67,7 @@ __all__ = [
     "Pattern",
     "PerHead",
     "PerLayer",
+    "Quest",
     "Random",
     "ReRoPE",
     "SelfExtend",
@@ -74,6 +77,7 @@ __all__ = [
     "SparseTransformerStrided",
     "StreamingLLM",
     "Strided",
+    "TopKBlocks",
     "Union",
     "available_patterns",
     "calibrate",

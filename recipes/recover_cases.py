@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 SEEDS = (0, 1, 2)
 LENGTH = 2048  # tokens, in training and in evaluation
 CONTROL = "dense"  # the dense control: the same data, steps, seeds and LoRA
-# Recipes of recipes/*.yaml: patterns of about an eighth of dense alone, then what is calibrated to a quarter, and evenly
-# spaced dense layers beside it.
+# Recipes of recipes/*.yaml: patterns of about an eighth of dense alone, then what is calibrated to a quarter, and
+# evenly spaced dense layers beside it.
 RECIPES = (
     "sliding_window",
     "streaming_llm",

@@ -14,8 +14,9 @@ from benchmarks.limits import limits
 from benchmarks.peers import PEERS
 from benchmarks.task import Shape, Task
 from benchmarks.timing import Deadline, Failure, OutOfTime, Reading, interleaved
-from hf_sparse import Pattern, SlidingWindow, available_patterns
+from hf_sparse import Pattern, SlidingWindow
 from hf_sparse.backends import BACKENDS
+from hf_sparse.patterns import static_patterns
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "8", "--repeats", "2"]
@@ -224,7 +225,7 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path, capsys, arguments, 
 
 def test_every_registered_pattern_has_a_row():
     """`full` is the dense attention that all are compared with; the others put patterns together or move far keys."""
-    built_in = {name for name in available_patterns() if not name.startswith("test_")}
+    built_in = {name for name in static_patterns() if not name.startswith("test_")}
     assert {case.name for case in CASES} == built_in - {"full", "layered", "rerope", "self_extend"}
     assert main_labels("cpu") | main_labels("cuda") <= {case.label for case in CASES}
     assert all(label in main_labels(device) for device in GOALS for label in GOALS[device]["forward"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_sparse import available_patterns
+from hf_sparse.patterns import static_patterns
 from hf_sparse.plan import Constraint, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,7 +201,7 @@ def test_parts_of_another_comparison_are_not_mixed_in(made, asked, recipe, tmp_p
 def test_all_registered_patterns_are_there_with_about_as_many_keys(recipe):
     from compare_patterns_cases import CHOICES, EQUAL_TO_DENSE
 
-    assert {c.pattern.name for c in CHOICES if c.pattern.name} == {*available_patterns()} - {EQUAL_TO_DENSE}
+    assert {c.pattern.name for c in CHOICES if c.pattern.name} == {*static_patterns()} - {EQUAL_TO_DENSE}
     assert len({c.label for c in CHOICES}) == len({str(c.pattern) for c in CHOICES}) == len(CHOICES)
     others = {"window-128", "window-2048", "streaming-4+2044"}
     for choice in CHOICES:

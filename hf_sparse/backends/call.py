@@ -68,6 +68,7 @@ class Inputs:
     head_size: the larger of D and Dv.
     gradients: a backward pass may follow.
     sinks: a sink joins the softmax of each head.
+    selected: blocks are read that were selected by their content.
     """
 
     device: torch.device
@@ -75,6 +76,7 @@ class Inputs:
     head_size: int
     gradients: bool = False
     sinks: bool = False
+    selected: bool = False
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, cast
 
@@ -12,11 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..plan.constraint import Constraint
 from ..plan.plan import HeadPlan, Plan, make_plan
 from ..plan.segments import Segments
+from ..selectors import Selection, divided
 from . import cuda_flash, flex
 from .call import Call, CallRecord, Inputs, is_recording, record
 from .checks import check_tensors, one_dtype
 from .pieces import View, operator, torch_attention
 from .reference import reference_attention
+from .selected import Selected, check_selector, count_selected, select_all, selected_of
 from .sequences import by_sequence
 from .table import order
 
@@ -47,6 +50,7 @@ def attend(
     backend: str = "auto",
     far: tuple[Tensor, Tensor] | None = None,
     sinks: Tensor | None = None,
+    selections: Sequence[Selection | None] | None = None,
 ) -> Tensor:
     """Return the attention of `query` over what the call's pattern and constraint allow.
 
@@ -59,6 +63,8 @@ def attend(
             apart; unread where the call has no such pair.
         sinks: [H], a logit per head that joins each softmax and has no value: weights sum to less than 1, by
             exp(sink) in the sum they are divided by (GPT-OSS, arXiv:2508.10925). None has none, as -inf.
+        selections: of a content-based pattern, what each sequence reads; None selects here, for which every sequence
+            must be in this call from its first token on.
     Returns:
         [B, H, Q, Dv] in the common dtype of the inputs (autocast's where it is on), laid out so that
         ``out.transpose(1, 2)`` is contiguous. Rows that may attend to nothing, padding included, are exactly 0.
@@ -75,6 +81,14 @@ def attend(
     if sinks is not None:  # never in half precision: a rounded logit is another share of every row
         sinks = sinks.to(query.device, torch.promote_types(query.dtype, torch.float32))
     heads, q_len = query.shape[1:3]
+    division = divided(call.pattern, call.layer)
+    selected: list[Selected | None] | None = None
+    if division.selector is not None:
+        check_selector(call, far, division.selector)
+        if selections is None:
+            selections = select_all(division.selector, query, key, segments, call.constraint)
+        selected = selected_of(division, call, segments, selections, heads, q_len)
+    call = replace(call, pattern=division.static)
     near_plans, far_plans = _divided(call, segments, heads, q_len)
     views = [View(query, key, near_plans)]
     seen = [plan if plan is not None and plan.pairs else None for plan in far_plans]
@@ -84,14 +98,16 @@ def attend(
         x.requires_grad for x in (query, key, value, *rest, sinks) if x is not None
     )
     width = max(query.shape[-1], value.shape[-1])
-    inputs = Inputs(query.device, query.dtype, width, gradients, sinks is not None)
+    inputs = Inputs(query.device, query.dtype, width, gradients, sinks is not None, selected is not None)
     choice = choose(call, inputs, segments, near_plans, q_len, backend)
     if choice.backend == "reference":
-        out = reference_attention(query, key, value, call, segments, far, sinks)
+        out = reference_attention(query, key, value, call, segments, far, sinks, selected)
     else:
-        out = _compute(views, value, call, segments, choice, sinks)
+        out = _compute(views, value, call, segments, choice, sinks, selected)
     if is_recording():
-        record(_record(call, choice, segments, heads, near_plans, far_plans))
+        made = _record(call, choice, segments, heads, near_plans, far_plans)
+        count_selected(made, selected, heads)
+        record(made)
     return out
 
 
@@ -133,7 +149,11 @@ def choose(
     if backend == "reference":
         return Choice("reference", "dense")
     # PyTorch's dense operators know no sinks.
-    if backend == "auto" and not inputs.sinks and _is_dense(call, segments, plans, q_len, device):
+    if (
+        backend == "auto"
+        and not (inputs.sinks or inputs.selected)
+        and _is_dense(call, segments, plans, q_len, device)
+    ):
         return Choice("torch", "dense")
     if backend == "auto":
         queries = max((plan.q_len for plan in plans if plan is not None), default=0)
@@ -159,7 +179,11 @@ def preview(call: Call, inputs: Inputs, *, heads: int, length: int, backend: str
         ValueError: as `choose`.
     """
     segments = Segments.whole(1, length)
-    plans, _ = _divided(call, segments, heads, length)
+    division = divided(call.pattern, call.layer)
+    if division.selector is not None:
+        check_selector(call, None, division.selector)
+        inputs = replace(inputs, selected=True)
+    plans, _ = _divided(replace(call, pattern=division.static), segments, heads, length)
     return choose(call, inputs, segments, plans, length, backend)
 
 
@@ -169,18 +193,26 @@ def _reasons(backend: str, call: Call, inputs: Inputs, plans: list[Plan | None])
         return []
     if call.near is not None:
         return ["far pairs need two queries and two keys per call"]
+    if inputs.selected:
+        return ["it reads no selected blocks"]
     supported = flex if backend == "flex" else cuda_flash
     return supported.unsupported(call, inputs, plans)
 
 
 def _compute(
-    views: list[View], value: Tensor, call: Call, segments: Segments, choice: Choice, sinks: Tensor | None
+    views: list[View],
+    value: Tensor,
+    call: Call,
+    segments: Segments,
+    choice: Choice,
+    sinks: Tensor | None,
+    selected: list[Selected | None] | None,
 ) -> Tensor:
     query, key, plans = views[0]
     if choice.operator == "dense":
         return _dense(query, key, value, call)
     if choice.backend == "torch":
-        return torch_attention(views, value, call, segments, sinks)
+        return torch_attention(views, value, call, segments, sinks, selected)
 
     def run_group(q: Tensor, k: Tensor, v: Tensor, plan: Plan, group: HeadPlan) -> Tensor:
         if choice.backend == "flex":
@@ -217,8 +249,7 @@ def _sequence_plans(
         return cast(list[Plan | None], segments.memo[known])
     plans: list[Plan | None] = []
     for segment in segments.entries:
-        queries = segment.queries(q_len, segments.k_len)
-        length = queries.stop - queries.start if isinstance(queries, slice) else len(queries)
+        length = segment.queries_in(q_len, segments.k_len)
         plan = None
         if length > 0:
             plan = make_plan(

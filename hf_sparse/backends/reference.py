@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..plan.segments import Segments
 from .call import Call, check_far
+from .selected import Selected
 
 
 def allowed_pairs(call: Call, segments: Segments, heads: int, q_len: int) -> Tensor:
     """Return the mask [B, H, Q, K], True = may attend, as pattern, constraint and segments say together."""
+    if call.pattern.content_based:
+        raise ValueError(
+            f"{call.pattern} selects by content; divide it first with hf_sparse.selectors.divided"
+        )
     k_len = segments.k_len
     allowed = torch.zeros(segments.batch, heads, q_len, k_len, dtype=torch.bool)
     head = torch.arange(heads)[:, None, None]
@@ -44,6 +51,7 @@ def reference_attention(
     segments: Segments,
     far: tuple[Tensor, Tensor] | None = None,
     sinks: Tensor | None = None,
+    selected: Sequence[Selected | None] | None = None,
 ) -> Tensor:
     """Masked softmax over every key, in float32 (float64 stays float64).
 
@@ -52,6 +60,7 @@ def reference_attention(
         key, value: [B, H_kv, K, D] and [B, H_kv, K, Dv]; H is a multiple of H_kv.
         far: with `call.near`, the query and key, of the same shapes, that score pairs `near` or more tokens apart.
         sinks: [H], a logit per head beside the scores of each row, whose weight goes to no value.
+        selected: for each sequence the blocks of keys that were selected by their content.
     Returns:
         [B, H, Q, Dv] in ``query.dtype``. A query that may attend to nothing gets zeros.
     Raises:
@@ -68,6 +77,14 @@ def reference_attention(
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     allowed = allowed_pairs(call, segments, query.shape[1], query.shape[2]).to(query.device)
+    for segment, chosen in zip(segments.entries, selected or (), strict=False):
+        if chosen is not None:
+            at = segment.queries(query.shape[2], segments.k_len)
+            pairs = chosen.mask(query.shape[1])
+            for row in range(segment.rows.start, segment.rows.stop):
+                slots = torch.arange(segments.k_len, device=query.device)[segment.slots]
+                queries = torch.arange(query.shape[2], device=query.device)[at]
+                allowed[row, :, queries[:, None], slots] |= pairs[row - segment.rows.start]
     # Rows with no key: give softmax something finite, then zero the row, so that no NaN reaches the gradient.
     scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     if sinks is not None:

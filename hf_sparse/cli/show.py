@@ -9,6 +9,8 @@ from typing import Any
 
 from ..patterns import Pattern, check_predicate
 from ..patterns.full import Full
+from ..selectors import Selector, divided
+from ..selectors.blocks import query_blocks
 from .figures import DTYPE_BYTES, Layer, cost_table
 from .options import add_pattern_options
 from .picture import dense_pairs, head_groups, picture
@@ -79,7 +81,10 @@ def run(args: argparse.Namespace) -> None:
             f"{heads} heads of {args.length} tokens are too many to draw; use fewer --heads or a smaller --length"
         )
     check_predicate(pattern, heads, layer.causal, args.layer + 1)
-    groups = head_groups(pattern, args.length, heads=heads, causal=layer.causal, layer=args.layer)
+    drawn, selector, _ = divided(pattern, args.layer)
+    if selector is not None:
+        notes.append(_selected(selector, args.length, layer.causal))
+    groups = head_groups(drawn, args.length, heads=heads, causal=layer.causal, layer=args.layer)
     if pattern.per_layer:
         notes.append(f"layer {args.layer}; the others may differ (--layer)")
     if pattern.global_token_ids:
@@ -114,6 +119,18 @@ def run(args: argparse.Namespace) -> None:
         )
         print(f"drawn: {args.png}")
     print(f"\n{cost_table(pattern, lengths, layer)}")
+
+
+def _selected(selector: Selector, length: int, causal: bool) -> str:
+    """Return what to say of blocks that are read by their content, which no picture can show."""
+    if not causal:
+        raise ValueError(f"{selector} selects for causal attention; leave out --bidirectional")
+    blocks = query_blocks(selector, length - 1, length)
+    count = int(blocks.counts[-1])
+    return (
+        f"drawn is what it always keeps; by their content the last query reads {count} more of "
+        f"{int(blocks.high[-1] - blocks.low[-1])} blocks of {selector.block} tokens"
+    )
 
 
 def _heads(text: str) -> int:

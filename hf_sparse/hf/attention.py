@@ -24,6 +24,7 @@ from .learned_sinks import sinks_of_call
 from .mask import SparseMask, running_forwards
 from .ragged import attend_parts
 from .rotary import Rotation
+from .selecting import selections_of
 from .shared_heads import holds_some, pattern_of_heads, refuse_spread_tokens
 from .stored_settings import PREFIX, pattern_of_layer, settings_for
 from .weights import attention_weights, weights_of_parts, weights_wanted
@@ -94,7 +95,8 @@ def sparse_attention(
     sinks = sinks_of_call(module, query, mask.settings, layer, own_sinks, is_dense=is_dense, trial=trial)
     if parts is None:
         backend = mask.settings.backend
-        asked = AttentionCall(module, query, key, value, call, segments, backend, far, sinks)
+        selections = selections_of(mask, call, query, key, segments)
+        asked = AttentionCall(module, query, key, value, call, segments, backend, far, sinks, selections)
         out = asked.attend() if compute is None else compute(asked)
     elif compute is None:
         out = attend_parts(query, parts, call, mask.settings.backend, sinks)
@@ -111,7 +113,7 @@ def sparse_attention(
         return out, None
     if parts is not None:
         return out, weights_of_parts(query, parts, call, mask.segments, sinks)
-    return out, attention_weights(query, key, call, segments, slots, far, sinks)
+    return out, attention_weights(query, key, call, segments, slots, far, sinks, selections)
 
 
 def _sequences(

@@ -17,12 +17,15 @@ from transformers.cache_utils import DynamicLayer
 
 from ..plan import Segments
 from ..plan.held import SLACK, Held, extend, take_back, take_rows
+from ..selectors import BlockIndex, Selector
+from ..selectors.rows import RowIndexes
 from .cache_layer import SparseLayer
 from .cache_plan import make_layers
 from .placing import Positions
 from .ragged_layer import HeldHeads, RaggedLayer
 from .stored_settings import SparseSettings, key_sources
 
+IndexesOf = Callable[[int, Selector, Segments], list[BlockIndex]]
 _ALWAYS = 2**62  # of the tokens seen nothing is ever dropped
 
 
@@ -37,6 +40,7 @@ class CacheCall:
         the layer's `update`.
     held_heads: gives what the call sees of a layer whose key heads hold different lengths, which came by this key and
         value; None for any other layer; once, after the layer's `update`.
+    indexes: gives what the earlier tokens of each sequence left behind in a layer that selects by content.
     """
 
     tokens: Segments
@@ -44,6 +48,7 @@ class CacheCall:
     base: int
     far_keys: Callable[[int], Tensor | None]
     held_heads: Callable[[int, Tensor, Tensor], tuple[HeldHeads, ...] | None]
+    indexes: IndexesOf
 
 
 class SparseCache(Cache):
@@ -75,11 +80,12 @@ class SparseCache(Cache):
         self._shape, self._config = _shape(config), weakref.ref(config)
         self._tokens, self._base, self._broken = Held.nothing(0), 0, False
         self._coming: tuple[Held, int] | None = None
+        self._indexes: dict[int, RowIndexes] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, room for coming tokens included."""
-        total = 0
+        """Bytes of all keys and values and of the summaries of blocks, room for coming tokens included."""
+        total = sum(rows.nbytes for rows in self._indexes.values())
         for layer in self.layers:
             if isinstance(layer, (SparseLayer, RaggedLayer)):
                 total += layer.nbytes
@@ -147,7 +153,9 @@ class SparseCache(Cache):
             new = coming.segments.after(coming.length - q_len)
             calls |= {id(layer): new for layer in self._ragged}
         layers = tuple(calls.get(id(self.layers[source])) for source in self._sources)
-        return CacheCall(coming.segments, layers, base, self._take_far_keys, self._take_held_heads)
+        return CacheCall(
+            coming.segments, layers, base, self._take_far_keys, self._take_held_heads, self._indexes_of
+        )
 
     def end(self, finished: bool = False) -> None:
         """End the forward pass, whether it came to its end (`finished`) or not.
@@ -204,6 +212,8 @@ class SparseCache(Cache):
             self._tokens = take_rows(self._tokens, rows)
             for account in self._accounts:
                 account.select(rows)
+            for indexes in self._indexes.values():
+                indexes.reorder(rows)
         super().reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -223,6 +233,7 @@ class SparseCache(Cache):
         for account in self._accounts:
             account.reset()
         self._tokens, self._base, self._broken, self._coming = Held.nothing(0), 0, False, None
+        self._indexes = {}
         super().reset()
 
     def _take_far_keys(self, index: int) -> Tensor | None:
@@ -232,6 +243,10 @@ class SparseCache(Cache):
     def _take_held_heads(self, index: int, key: Tensor, value: Tensor) -> tuple[HeldHeads, ...] | None:
         layer = self.layers[index]
         return layer.take_held(key, value) if isinstance(layer, RaggedLayer) else None
+
+    def _indexes_of(self, layer: int, selector: Selector, segments: Segments) -> list[BlockIndex]:
+        rows = self._indexes.setdefault(layer, RowIndexes(selector))
+        return rows.of([segment.rows for segment in segments.entries])
 
     def _next_base(self, coming: Segments, q_len: int) -> int:
         """Return the base that keeps rotary positions small, where every layer's pattern bounds them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import DynamicCache
@@ -18,6 +18,7 @@ from ..patterns.places import Place
 from ..patterns.selected_heads import of_heads, of_layer
 from ..plan import Constraint
 from ..plan.retention import KeyGroup, Retention, key_groups
+from ..selectors import divided
 from .account import Account
 from .cache_layer import LinearAndSparseLayer, SparseLayer
 from .global_projections import projecting
@@ -68,6 +69,7 @@ def plan_layers(settings: SparseSettings, config: Any) -> list[LayerPlan]:
         differ = len(readers) > 1 and (pattern.per_layer or len(set(readers)) > 1)
         kept = get_pattern("full") if differ else pattern
         limit = layer_constraint(config, index, causal=True) if _is_sliding(stock) else Constraint()
+        limit = _with_selected(limit, kept, index)
         kv_heads, layer = key_heads(config, index), index if kept.per_layer else 0
         # Global queries with projections of their own look at every token.
         if type(stock) not in _REPLACED or projecting(pattern, index, heads) is not None:
@@ -131,6 +133,14 @@ def _layer(
         pattern = of_heads(plan.pattern, group.only, heads)
         parts.append(HeadPart(group.kv_heads, pattern, SparseLayer(account)))
     return RaggedLayer(parts, stock.is_sliding)
+
+
+def _with_selected(limit: Constraint, pattern: Pattern, layer: int) -> Constraint:
+    """Return a window that also holds a block until it is summarised, and until its readers have gone."""
+    selector = divided(pattern, layer).selector
+    if selector is None or limit.window is None:
+        return limit
+    return replace(limit, window=limit.window + selector.block + selector.queries)
 
 
 def _farthest(pattern: Pattern, layer: int) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..backends import Call, attend
 from ..patterns import Pattern, get_pattern
 from ..plan import Segments
+from ..selectors import Selection
 
 _FULL = get_pattern("full")
 _COMPUTE = "_hf_sparse_compute"  # what a module's attention is computed by, and whether it is dense
@@ -25,6 +26,7 @@ class AttentionCall:
     backend: that was asked for.
     far: queries and keys as far keys see them, of a pattern that gives them other places.
     sinks: [H], of a model that has some.
+    selections: what each sequence selects, under a content-based pattern.
     """
 
     module: nn.Module
@@ -36,20 +38,21 @@ class AttentionCall:
     backend: str
     far: tuple[Tensor, Tensor] | None = None
     sinks: Tensor | None = None
+    selections: Sequence[Selection | None] | None = None
 
     def attend(self) -> Tensor:
         """Return the attention, [B, H, Q, Dv]."""
-        return attend(
-            self.query, self.key, self.value, self.call, self.segments, self.backend, self.far, self.sinks
-        )
+        tensors = self.query, self.key, self.value
+        return attend(*tensors, self.call, self.segments, self.backend, self.far, self.sinks, self.selections)
 
     def under(self, pattern: Pattern) -> AttentionCall:
         """Return the same call under another pattern."""
-        return replace(self, call=replace(self.call, pattern=pattern))
+        return replace(self, call=replace(self.call, pattern=pattern), selections=None)
 
     def dense(self) -> AttentionCall:
         """Return the same call with all that the model itself allows, at the places that the model gives it."""
-        return replace(self, call=replace(self.call, pattern=_FULL, near=None), far=None, backend="auto")
+        call = replace(self.call, pattern=_FULL, near=None)
+        return replace(self, call=call, far=None, backend="auto", selections=None)
 
 
 Compute = Callable[[AttentionCall], Tensor]

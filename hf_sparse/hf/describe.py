@@ -167,7 +167,9 @@ def _native(pattern: Pattern, config: Any) -> list[str]:
     lines = []
     if window is not None:
         where = f"{kinds.count('sliding_attention')} of {len(kinds)} layers" if kinds else "every layer"
-        far = [leaf for leaf in _leaves(pattern) if _reaches_beyond(leaf, window, config)]
+        far = [
+            leaf for leaf in _leaves(pattern) if not leaf.by_content and _reaches_beyond(leaf, window, config)
+        ]
         lost = (
             f"; there it removes what {' and '.join(map(str, far))} allows farther away (sinks, globals, strides)"
             if far

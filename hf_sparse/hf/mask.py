@@ -19,7 +19,7 @@ from .stand_in import StandIn
 from .stored_settings import PREFIX, SparseSettings, settings_for
 
 if TYPE_CHECKING:
-    from .cache import CacheCall
+    from .cache import CacheCall, IndexesOf
     from .placing import Positions
     from .ragged_layer import HeldHeads
 
@@ -33,6 +33,7 @@ class SparseMask(StandIn):
     base: the position in its sequence of the token at rotary position 0.
     far_keys: gives a layer's keys as far queries see them, where its cache holds them so; see `CacheCall`.
     held_heads: gives what a call sees of a layer whose key heads hold different lengths; see `CacheCall`.
+    indexes: gives what earlier tokens left behind in a layer that selects by content; see `CacheCall`.
     positions: how the model is told the places of tokens, where it has been prepared.
     tokens: [B or 1, Q] int64, the caller's position_ids, or places of new tokens, where the model is given others.
     memo: what the layers of one forward pass share.
@@ -48,6 +49,7 @@ class SparseMask(StandIn):
         "flags",
         "globals_known",
         "held_heads",
+        "indexes",
         "k_len",
         "layers",
         "may_be_packed",
@@ -89,6 +91,7 @@ class SparseMask(StandIn):
         self.base = 0
         self.far_keys: Callable[[int], Tensor | None] | None = None
         self.held_heads: Callable[[int, Tensor, Tensor], tuple[HeldHeads, ...] | None] | None = None
+        self.indexes: IndexesOf | None = None
         self.positions: Positions | None = None
         self.tokens: Tensor | None = None
         self.memo: dict[Any, Any] = {}
@@ -117,6 +120,7 @@ class SparseMask(StandIn):
         if forward.call is not None:
             copy.layers, copy.base = forward.call.layers, forward.call.base
             copy.far_keys, copy.held_heads = forward.call.far_keys, forward.call.held_heads
+            copy.indexes = forward.call.indexes
         return copy
 
     def held(self, layer: int | None) -> Segments | None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.utils.output_capturing import _active_collector
 
-from ..backends import Call
-from ..backends.reference import reference_attention
+from ..backends import Call, attend
 from ..plan import Segments
+from ..selectors import Selection
 from .global_projections import projecting
 from .ragged_layer import HeldHeads
 
@@ -31,6 +31,7 @@ def attention_weights(
     buffer: int,
     far: tuple[Tensor, Tensor] | None,
     sinks: Tensor | None,
+    selections: Sequence[Selection | None] | None = None,
 ) -> Tensor:
     """Return the attention weights [B, H, Q, K] without dropout, 0 for key slots not yet filled.
 
@@ -50,7 +51,8 @@ def attention_weights(
     one_hot = torch.eye(k_len, dtype=query.dtype, device=query.device).expand(
         key.shape[0], key.shape[1], -1, -1
     )
-    weights = reference_attention(query, key, one_hot, replace(call, dropout=0.0), segments, far, sinks)
+    call = replace(call, dropout=0.0)
+    weights = attend(query, key, one_hot, call, segments, "reference", far, sinks, selections)
     return torch.nn.functional.pad(weights, (0, buffer - k_len))
 
 

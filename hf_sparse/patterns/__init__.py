@@ -7,7 +7,14 @@ from .algebra import PerHead, PerLayer, Union
 from .base import Context, Pattern
 from .plugin import load_plugin
 from .probe import check_predicate
-from .registry import available_patterns, get_pattern, on_register, pattern_class, register_pattern
+from .registry import (
+    available_patterns,
+    get_pattern,
+    on_register,
+    pattern_class,
+    register_pattern,
+    static_patterns,
+)
 from .written import pattern_from_json, pattern_to_json
 
 for _module in pkgutil.iter_modules(__path__):
@@ -28,4 +35,5 @@ __all__ = [
     "pattern_from_json",
     "pattern_to_json",
     "register_pattern",
+    "static_patterns",
 ]

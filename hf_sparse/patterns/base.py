@@ -52,6 +52,7 @@ class Pattern:
     """A frozen dataclass whose fields are the options; its truth is `allows`."""
 
     name: ClassVar[str] = ""  # set by register_pattern
+    by_content: ClassVar[bool] = False  # queries and keys decide what is read; see `hf_sparse.selectors`
 
     @property
     def members(self) -> tuple[Pattern, ...]:
@@ -62,6 +63,11 @@ class Pattern:
     def per_layer(self) -> bool:
         """True where `allows` looks at context.layer: each layer then has its own plan."""
         return any(member.per_layer for member in self.members)
+
+    @property
+    def content_based(self) -> bool:
+        """True where queries and keys decide what is read here or in a member, not positions alone."""
+        return self.by_content or any(member.content_based for member in self.members)
 
     @property
     def takes_globals(self) -> bool:
@@ -144,6 +150,10 @@ class Pattern:
 
         The queries sit at the last ``q_len`` of the ``k_len`` positions.
         """
+        if self.content_based:
+            raise ValueError(
+                f"what {self} reads depends on queries and keys, so positions alone give no mask"
+            )
         k_len = q_len if k_len is None else k_len
         query = torch.arange(k_len - q_len, k_len)[None, :, None]
         key = torch.arange(k_len)[None, None, :]

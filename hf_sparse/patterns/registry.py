@@ -72,6 +72,11 @@ def available_patterns() -> list[str]:
     return sorted(_PATTERNS)
 
 
+def static_patterns() -> list[str]:
+    """Return the names of patterns that positions alone decide, in alphabetical order."""
+    return [name for name in available_patterns() if not _PATTERNS[name].by_content]
+
+
 def pattern_class(name: str) -> type[Pattern]:
     """Return the class registered under `name`; raise ValueError with the nearest name where there is none."""
     if name not in _PATTERNS:

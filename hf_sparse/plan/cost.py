@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..patterns.base import Pattern
+from ..selectors import divided
+from ..selectors.blocks import selected_pairs
 from .constraint import Constraint
 from .plan import Plan, make_plan
 from .retention import key_groups, keys_held
@@ -17,9 +19,11 @@ class Cost:
     """Cost of one attention layer on one sequence.
 
     pairs, dense_pairs: (query, key) pairs per head of the pattern, and of dense attention under the same constraint.
+        What a selector reads by content is counted at its whole budget, also where a union holds some of it already.
     flops: floating-point operations of the two products of the forward pass, all heads (4 * head_dim per pair).
     kv_bytes_per_step: bytes of keys and values read to decode one token after n tokens; what several query heads of a
-        key head read counts once.
+        key head read counts once. With a selector also the summaries of blocks, float32, which are read once for all
+        queries that share a selection.
     kv_bytes_held: bytes of keys and values that a cache has to hold after n tokens, of each key head what any of its
         query heads may still see; all of them without causality.
     """
@@ -60,14 +64,22 @@ def cost(
     if n < 1:
         raise ValueError(f"the cost of a pattern needs a length of at least 1 token, got {n}")
     kv_heads = heads if kv_heads is None else kv_heads
-    plan = make_plan(pattern, constraint, n, n, heads=heads, layer=layer)
-    step = make_plan(pattern, constraint, 1, n, heads=heads, layer=layer)
+    static, selector, _ = divided(pattern, layer)
+    plan = make_plan(static, constraint, n, n, heads=heads, layer=layer)
+    step = make_plan(static, constraint, 1, n, heads=heads, layer=layer)
     token_bytes = 2.0 * head_dim * dtype_bytes
+    pairs, read, summaries = plan.pairs, _keys_read(step, kv_heads), 0
+    if selector is not None:
+        starts = constraint.bounds()[0]
+        pairs += selected_pairs(selector, 0, n, starts)
+        read += selected_pairs(selector, n - 1, n, starts) * kv_heads
+        summaries = n // selector.block * selector.summary_size(head_dim) * kv_heads
     return Cost(
-        pairs=plan.pairs,
+        pairs=pairs,
         dense_pairs=plan.dense_pairs,
-        flops=4.0 * head_dim * heads * plan.pairs,
-        kv_bytes_per_step=token_bytes * _keys_read(step, kv_heads),
+        flops=4.0 * head_dim * heads * pairs,
+        kv_bytes_per_step=token_bytes * read
+        + 4.0 * summaries / (1 if selector is None else selector.queries),
         kv_bytes_held=token_bytes * _keys_held(pattern, constraint, n, heads, kv_heads, layer),
     )
 

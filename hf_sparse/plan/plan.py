@@ -98,8 +98,10 @@ def make_plan(
 
     Raises:
         ValueError: columns with a constraint that is not causal, with a query among them, or under drawn blocks, whose
-            keys may all be wanted again.
+            keys may all be wanted again; or a pattern that selects by content, of which only a part has a plan.
     """
+    if pattern.content_based:
+        raise ValueError(f"{pattern} selects by content; divide it first with hf_sparse.selectors.divided")
     if columns is not None and not len(columns):
         columns = None
     if columns is not None:

@@ -69,6 +69,11 @@ class Segment:
             return slice(max(self.slots.start - behind, 0), max(self.slots.stop - behind, 0))
         return self.slots[self.slots >= behind] - behind
 
+    def queries_in(self, q_len: int, k_len: int) -> int:
+        """Return how many queries of such a call are of this sequence."""
+        at = self.queries(q_len, k_len)
+        return at.stop - at.start if isinstance(at, slice) else len(at)
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:

@@ -13,8 +13,9 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.timing import compiled
-from hf_sparse import Pattern, available_patterns, get_pattern
+from hf_sparse import Pattern, get_pattern
 from hf_sparse.backends import Call, attend
+from hf_sparse.patterns import static_patterns
 from hf_sparse.plan import Constraint, Segments
 
 from .cases import PATTERNS, SHAPES, Shape, call_of, oracle, run, segments, tensors, truth, written_mask
@@ -50,7 +51,7 @@ SMALL = {
     "grouped_heads": {"window": 64, "adaptive_window": False},
     "random": {"keys_per_query": 16},
 }
-NAMES = (*SMALL, *(name for name in available_patterns() if name not in SMALL))
+NAMES = (*SMALL, *(name for name in static_patterns() if name not in SMALL))
 SHAPE = Shape(4, 2, 700, 700, width=64, v_width=64, batch=1)  # six blocks of FlexAttention's masks
 
 

@@ -13,11 +13,11 @@ from hf_sparse import (
     SlidingWindow,
     StreamingLLM,
     Strided,
-    available_patterns,
     get_pattern,
 )
 from hf_sparse.backends import Call, attend
 from hf_sparse.backends.pieces import walk
+from hf_sparse.patterns import static_patterns
 from hf_sparse.plan import Constraint, Segments
 
 from .cases import Shape, run, tensors
@@ -76,7 +76,7 @@ PATTERNS = {
 
 
 def test_every_registered_pattern_is_here():
-    assert {p.name for p in PATTERNS.values()} >= set(available_patterns())
+    assert {p.name for p in PATTERNS.values()} >= set(static_patterns())
 
 
 def compare(pattern, causal, shape, segments=None, dtype=torch.float64, tolerance=1e-10, **options):

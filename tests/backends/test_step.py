@@ -12,11 +12,11 @@ from hf_sparse import (
     SlidingWindow,
     StreamingLLM,
     Strided,
-    available_patterns,
     get_pattern,
 )
 from hf_sparse.backends import Call, attend, choose, recording
 from hf_sparse.backends.pieces import function, step
+from hf_sparse.patterns import static_patterns
 from hf_sparse.patterns.base import Pattern
 from hf_sparse.plan import Constraint, Segment, Segments, make_plan
 
@@ -66,7 +66,7 @@ PATTERNS = {
 
 
 def test_every_registered_pattern_is_here():
-    assert {p.name for p in PATTERNS.values()} >= set(available_patterns())
+    assert {p.name for p in PATTERNS.values()} >= set(static_patterns())
 
 
 def decode(q, k, v, call, size, segments=None):

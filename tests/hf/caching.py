@@ -28,6 +28,7 @@ OPTIONS = {
     "layered": {"pattern": SlidingWindow(window=4), "dense_every": 2},
     "longformer": {"window": 3, "global_tokens": (0, 7)},
     "multi_scale": {"window": 2, "scales": 3},
+    "quest": {"keep": 4, "block": 2, "local": 1, "dense_layers": 1, "query_block": 4},
     "random": {"keys_per_query": 4},
     "rerope": {"window": 3, "pattern": StreamingLLM(sinks=2, window=6)},
     "self_extend": {"group": 2, "window": 3, "pattern": Strided(3, anchor="absolute") | SlidingWindow(6)},
@@ -37,6 +38,7 @@ OPTIONS = {
     "sparse_transformer_strided": {"stride": 4},
     "streaming_llm": {"sinks": 2, "window": 4},
     "strided": {"stride": 4, "anchor": "absolute"},
+    "topk_blocks": {"keep": 0.5, "block": 3, "local": 0, "query_block": 2},
 }
 MORE = [
     get_pattern("streaming_llm", sinks=2, window=4, positions="cache"),
@@ -44,6 +46,7 @@ MORE = [
     get_pattern("rerope", window=4),
     get_pattern("self_extend", window=4, group=3),
     PerHead((SlidingWindow(3), StreamingLLM(1, 4), Strided(4), Strided(4, anchor="absolute"))),
+    get_pattern("topk_blocks", keep=5, block=2, query_block=1, reuse=2) | SlidingWindow(3),
     hf_sparse.PerLayer((SlidingWindow(3), StreamingLLM(sinks=1, window=4, positions="cache"))),
 ]
 PATTERNS = [get_pattern(name, **options) for name, options in OPTIONS.items()] + MORE
@@ -92,8 +95,10 @@ def left_padded(pads=(0, 6), length: int = 17, seed: int = 0) -> dict[str, Tenso
 
 
 def caches(model: torch.nn.Module, slots: int = 64) -> dict[str, Cache]:
-    """Return one empty cache of each kind."""
+    """Return one empty cache of each kind that can serve the model: transformers' own hold no summaries of blocks."""
     config = model.config.get_text_config()
+    if hf_sparse.hf.settings(model).pattern.content_based:
+        return {"ours": hf_sparse.make_cache(model)}
     return {
         "ours": hf_sparse.make_cache(model),
         "dynamic": DynamicCache(config=config),

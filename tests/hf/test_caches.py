@@ -12,11 +12,12 @@ from hf_sparse.plan import held
 PAIR = [SparseTransformerFixed(block=6, summary=2), StreamingLLM(sinks=2, window=4)]
 PLACED = StreamingLLM(sinks=2, window=4, positions="cache")
 RAGGED = PerHead((Full(), SlidingWindow(3), SlidingWindow(4), StreamingLLM(sinks=1, window=4)))
+SELECTORS = [pattern for pattern in PATTERNS if pattern.content_based]
 OTHERS = [
     (name, p)
     for name in NAMES
     if name != "llama"
-    for p in (*PAIR, PLACED, RAGGED)
+    for p in (*PAIR, PLACED, RAGGED, SELECTORS[-1])
     if (name, p) != ("bart", PLACED)
 ]
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 1}
@@ -106,7 +107,7 @@ def test_the_whole_product(name, pattern):
     check_tokens(model, ("ours", "dynamic"))
 
 
-@pytest.mark.parametrize("pattern", [PAIR[1], PLACED], ids=str)
+@pytest.mark.parametrize("pattern", [PAIR[1], PLACED, *SELECTORS], ids=str)
 def test_pads_anywhere_among_new_tokens(pattern):
     """A call may bring pads behind tokens, between them, one token only, or none at all for a row."""
     model, texts = decoder("llama", pattern), tokens(3, 24)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparse import SlidingWindow, available_patterns, get_pattern
+from hf_sparse import SlidingWindow, get_pattern
+from hf_sparse.patterns import static_patterns
 from hf_sparse.patterns.probe import parts_mask
 
 from .definitions import (
@@ -42,10 +43,10 @@ def check(pattern, call):
 
 
 def test_every_pattern_has_a_definition_and_random_options():
-    assert set(available_patterns()) == set(DEFINITIONS) == set(OPTIONS)
+    assert set(static_patterns()) == set(DEFINITIONS) == set(OPTIONS)
 
 
-@pytest.mark.parametrize("name", available_patterns())
+@pytest.mark.parametrize("name", static_patterns())
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), call=CALLS)
 def test_mask_and_parts_are_the_definition(name, data, call):
@@ -61,7 +62,7 @@ def test_compositions_of_anything_are_the_definition(pattern, call):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [1, 2, 5])
-@pytest.mark.parametrize("name", available_patterns())
+@pytest.mark.parametrize("name", static_patterns())
 def test_the_default_options_are_the_definition_on_a_short_text(name, heads, causal):
     check(get_pattern(name), Call(causal, heads, layer=3, length=9))
 

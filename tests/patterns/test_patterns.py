@@ -13,15 +13,14 @@ from hf_sparse import (
     Shifted,
     SlidingWindow,
     SparseTransformerFixed,
-    available_patterns,
     get_pattern,
     register_pattern,
 )
-from hf_sparse.patterns import pattern_class
+from hf_sparse.patterns import pattern_class, static_patterns
 
 
 def test_every_pattern_is_frozen_has_defaults_and_survives_json():
-    for name in available_patterns():
+    for name in static_patterns():
         pattern = get_pattern(name)
         assert pattern.name == name and get_pattern(name, **pattern.options()) == pattern
         for field in dataclasses.fields(pattern):
@@ -175,7 +174,7 @@ VALUES = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(name=st.sampled_from(available_patterns()), data=st.data())
+@given(name=st.sampled_from(static_patterns()), data=st.data())
 def test_any_options_give_a_pattern_or_a_value_error(name, data):
     fields = [field.name for field in dataclasses.fields(pattern_class(name))]
     options = {field: data.draw(VALUES) for field in fields} if fields else {}
@@ -208,7 +207,7 @@ def test_registering_refuses_taken_names_reserved_words_and_other_classes():
 
     with pytest.raises(TypeError, match="must be a @dataclass"):
         register_pattern("mine")(NoFields)
-    assert "mine" not in available_patterns() and Mine.name == ""
+    assert "mine" not in static_patterns() and Mine.name == ""
 
 
 @pytest.mark.parametrize(
@@ -259,7 +258,7 @@ def test_one_head_cannot_be_split(pattern):
         pattern.check_fit(1, 1)
 
 
-@pytest.mark.parametrize("name", available_patterns())
+@pytest.mark.parametrize("name", static_patterns())
 def test_default_options_fit_every_model_with_two_heads(name):
     for heads in (2, 3, 8):
         get_pattern(name).check_fit(heads, 1)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import hf_sparse
-from hf_sparse import available_patterns
-from hf_sparse.patterns import pattern_class
+from hf_sparse.patterns import pattern_class, static_patterns
 
 
 def pictures(cls):
@@ -34,7 +33,7 @@ def pictures(cls):
             label, rows = None, []
 
 
-@pytest.mark.parametrize("name", available_patterns())
+@pytest.mark.parametrize("name", static_patterns())
 def test_the_pictures_in_the_docstring_are_the_mask(name):
     drawn = list(pictures(pattern_class(name)))
     assert drawn, f"{name} has no picture"
@@ -54,7 +53,7 @@ def test_the_pictures_in_the_docstring_are_the_mask(name):
             assert torch.equal(mask[head], picture), f"{pattern} {label}"
 
 
-@pytest.mark.parametrize("name", available_patterns())
+@pytest.mark.parametrize("name", static_patterns())
 def test_heads_that_differ_have_a_picture_each(name):
     for pattern, label, picture in pictures(pattern_class(name)):
         if "head" not in label and "layer" not in label and name != "random" and name != "bigbird":

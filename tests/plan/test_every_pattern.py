@@ -14,9 +14,9 @@ from hf_sparse import (
     Random,
     SlidingWindow,
     Strided,
-    available_patterns,
     get_pattern,
 )
+from hf_sparse.patterns import static_patterns
 from hf_sparse.plan import Constraint, make_plan
 
 from .holding import check
@@ -46,7 +46,7 @@ def check_drawn(data, pattern):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-@pytest.mark.parametrize("name", available_patterns())
+@pytest.mark.parametrize("name", static_patterns())
 def test_plan_of_a_pattern_with_any_options(name, data):
     check_drawn(data, data.draw(named(name), label="pattern"))
 
@@ -80,7 +80,7 @@ def test_plan_of_a_pattern_per_head(data):
 
 
 def test_every_registered_pattern_has_a_strategy():
-    assert set(OPTIONS) == set(available_patterns())
+    assert set(OPTIONS) == set(static_patterns())
 
 
 def of(name, **options):

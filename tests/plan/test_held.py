@@ -15,8 +15,8 @@ from hf_sparse import (
     SparseTransformerFixed,
     StreamingLLM,
     Strided,
-    available_patterns,
 )
+from hf_sparse.patterns import static_patterns
 from hf_sparse.plan import Constraint
 from hf_sparse.plan import held as module
 from hf_sparse.plan.held import Held, next_step, take_back, take_rows
@@ -179,7 +179,7 @@ def test_slots_hold_what_lists_hold(pattern, data):
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_slots_of_any_pattern_hold_what_lists_hold(data):
-    walk(data, data.draw(st.sampled_from(available_patterns()).flatmap(named), label="pattern"))
+    walk(data, data.draw(st.sampled_from(static_patterns()).flatmap(named), label="pattern"))
 
 
 def _run(pattern, lengths):

@@ -16,9 +16,9 @@ from hf_sparse import (
     Random,
     SlidingWindow,
     Strided,
-    available_patterns,
     get_pattern,
 )
+from hf_sparse.patterns import static_patterns
 from hf_sparse.plan import Constraint, make_plan
 from hf_sparse.plan import plan as planning
 from hf_sparse.plan import step as stepping
@@ -26,7 +26,7 @@ from hf_sparse.plan.pieces import Piece
 
 N = 1_000_000
 DRAWN = ("random", "bigbird")
-CLOSED = [name for name in available_patterns() if name not in DRAWN]
+CLOSED = [name for name in static_patterns() if name not in DRAWN]
 
 
 def arrays(x, seen=None) -> int:
@@ -126,7 +126,7 @@ def test_listed_positions_are_held_once(of, causal):
         assert arrays(plan.groups) == 8 * count
 
 
-@pytest.mark.parametrize("name", available_patterns())
+@pytest.mark.parametrize("name", static_patterns())
 def test_a_step_does_no_work_for_the_keys_it_does_not_read(name, rows_seen):
     """What is traced includes the keys that are read, where they are listed one by one."""
     pattern = get_pattern(name)

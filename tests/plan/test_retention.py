@@ -22,9 +22,9 @@ from hf_sparse import (
     SparseTransformerFixed,
     StreamingLLM,
     Strided,
-    available_patterns,
     get_pattern,
 )
+from hf_sparse.patterns import static_patterns
 from hf_sparse.patterns.parts import Drawn
 from hf_sparse.plan import Constraint, cost
 from hf_sparse.plan.retention import Retention
@@ -69,7 +69,7 @@ def check(pattern, constraint, layer, chosen=()):
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-@pytest.mark.parametrize("name", available_patterns())
+@pytest.mark.parametrize("name", static_patterns())
 def test_what_later_queries_see_is_held(name, data):
     chosen = tuple(sorted(data.draw(st.sets(st.integers(0, LENGTH), max_size=3), label="chosen")))
     layer = data.draw(st.integers(0, LAYERS - 1), label="layer")

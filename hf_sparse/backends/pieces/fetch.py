@@ -33,6 +33,18 @@ class Fetch:
         """True where the keys are a view that every row reads whole."""
         return isinstance(self.slots, slice) and self.allowed is None
 
+    def of(self, heads: slice, kv_heads: slice, groups: int) -> Fetch:
+        """Return what some query heads take of a gather of all: those of the key heads `kv_heads`."""
+        assert isinstance(self.slots, Tensor) and self.slots.dim() == 4
+        count = len(range(heads.start, heads.stop, heads.step)) // len(
+            range(kv_heads.start, kv_heads.stop, kv_heads.step)
+        )
+        places = torch.arange(heads.start, heads.stop, heads.step)[:count] % groups
+        slots = self.slots[:, kv_heads]
+        if slots.shape[2] > 1:
+            slots = slots[:, :, places]
+        return Fetch(slots, None if self.allowed is None else slots >= 0)
+
     def take(self, x: Tensor, rows: slice | Tensor, heads: slice) -> Tensor:
         """Return the tokens of some rows and key heads of x [B, H_kv, K, D] as [R, H_kv, G or 1, m, D]."""
         if isinstance(self.slots, slice):

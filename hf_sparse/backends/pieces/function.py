@@ -11,26 +11,39 @@ from torch import Tensor
 from ...plan.plan import Plan
 from ...plan.segments import Segments
 from ..call import Call
+from ..selected import Selected
+from .chosen import run_chosen
 from .heads import head_blocks
 from .lists import Tensors
 from .merge import join_sinks, share_of
 from .step import is_step, step_attention
+from .tile import Tile
+from .tiled import Tiled
 from .view import View
 from .walk import Pass, make_pass, needs_merging
 
 
 def torch_attention(
-    views: Sequence[View], value: Tensor, call: Call, segments: Segments, sinks: Tensor | None = None
+    views: Sequence[View],
+    value: Tensor,
+    call: Call,
+    segments: Segments,
+    sinks: Tensor | None = None,
+    selected: Sequence[Selected | None] | None = None,
 ) -> Tensor:
-    """Return the attention [B, H, Q, Dv] of one call; the tensors share one dtype, but `sinks` [H] are never half."""
+    """Return the attention [B, H, Q, Dv] of one call; the tensors share one dtype, but `sinks` [H] are never half.
+
+    selected: for each sequence the blocks that are read besides the pairs of its plan, which are none of them.
+    """
+    selected = [None] * len(segments.entries) if selected is None else list(selected)
     # Of a longer call every sequence may have one query too, where the rest is padding.
     if views[0].query.shape[2] == 1 and is_step(call, [plan for view in views for plan in view.plans]):
-        return step_attention(views, value, call, segments, sinks)
+        return step_attention(views, value, call, segments, sinks, selected)
     # The host's generator, so that gradient checkpointing, which restores it, draws the same masks again.
     seed = int(torch.randint(2**62, ()).item()) if call.dropout else 0
     plans = [view.plans for view in views]
     scored = (x for view in views for x in view[:2])
-    return _Attention.apply(value, sinks, call, segments, plans, seed, *scored)
+    return _Attention.apply(value, sinks, call, segments, plans, selected, seed, *scored)
 
 
 class _Attention(torch.autograd.Function):
@@ -44,17 +57,18 @@ class _Attention(torch.autograd.Function):
         call: Call,
         segments: Segments,
         plans: list[list[Plan | None]],
+        selected: list[Selected | None],
         seed: int,
         *scored: Tensor,
     ) -> Tensor:
-        ctx.call, ctx.segments, ctx.plans, ctx.seed = call, segments, plans, seed
+        ctx.call, ctx.segments, ctx.plans, ctx.selected, ctx.seed = call, segments, plans, selected, seed
         ctx.with_sinks = sinks is not None
         views = _views(ctx, scored)
         batch, heads, q_len, _ = scored[0].shape
         exact = torch.promote_types(value.dtype, torch.float32)
         layout = (batch, q_len, heads, value.shape[-1])
         # Half precision is rounded once, after the last piece.
-        merging = sinks is not None or _merges(views, call)
+        merging = sinks is not None or any(selected) or _merges(views, call)
         out = value.new_empty(layout, dtype=exact if merging else value.dtype).transpose(1, 2)
         lse = value.new_empty((batch, heads, q_len), dtype=exact)
         if not segments.is_whole:
@@ -70,6 +84,8 @@ class _Attention(torch.autograd.Function):
                 whole = Tensors(query[rows, :, at], key[rows, :, slots], v, o, part)
                 for step, tensors in _passes(ctx, number, index, own, whole):
                     step.forward(tensors)
+                for tiled, tile in _chosen(ctx, number, index, whole):
+                    tile.forward(tiled, whole.query, whole.out, whole.lse, True, True)
             if sinks is not None:
                 join_sinks(o, part, sinks)
             if not isinstance(slots, slice):  # a sequence with holes was gathered
@@ -93,7 +109,7 @@ class _Attention(torch.autograd.Function):
         dsinks = None if sinks is None else torch.zeros_like(sinks)
         shares: list[tuple[Tensor, Tensor]] = []
         for view in views:
-            merging = _merges([view], ctx.call)
+            merging = any(ctx.selected) or _merges([view], ctx.call)
             dquery = _like(view.query, exact if merging else value.dtype, torch.empty)
             if not ctx.segments.is_whole:
                 dquery.zero_()
@@ -118,12 +134,14 @@ class _Attention(torch.autograd.Function):
                 whole = Tensors(q, k, v, o, part, g, dq, dk, dv)
                 for step, tensors in _passes(ctx, number, index, own, whole):
                     step.backward(tensors)
+                for tiled, tile in _chosen(ctx, number, index, whole):
+                    tile.backward(tiled, g, q, o, part, dq, False, False)
                 if not isinstance(slots, slice):
                     dquery[rows, :, at], dkey[rows, :, slots] = dq, dk
             if not isinstance(slots, slice):
                 dvalue[rows, :, slots] = dv
         scored_shares = (x.to(value.dtype) for share in shares for x in share)
-        return dvalue.to(value.dtype), dsinks, None, None, None, None, *scored_shares
+        return dvalue.to(value.dtype), dsinks, None, None, None, None, None, *scored_shares
 
 
 def _views(ctx: Any, scored: Sequence[Tensor]) -> list[View]:
@@ -148,9 +166,20 @@ def _passes(
         for block in head_blocks(group.heads, tensors.query.shape[1] // tensors.key.shape[1]):
             heads = tensors.heads(block.query, block.key)
             query, key, merges = heads.query, heads.key, index != own[0]
-            shares_rows = len(own) > 1 or ctx.with_sinks
+            shares_rows = len(own) > 1 or ctx.with_sinks or ctx.selected[number] is not None
             yield make_pass(group, block.first, query, key, ctx.call, seed, shares_rows, merges), heads
             seed += 1 << 32
+
+
+def _chosen(ctx: Any, number: int, index: int, tensors: Tensors) -> Iterator[tuple[Tiled, Tile]]:
+    """Yield the tiles of what was selected for sequence `number`, which the first view scores."""
+    chosen, call = ctx.selected[number], ctx.call
+    if chosen is None or index:
+        return
+    scale = tensors.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    tiled = Tiled(scale, call.softcap, call.dropout, ctx.seed + ((1 << 60) + (number << 40)))
+    for tile in run_chosen(chosen, tensors):
+        yield tiled, tile
 
 
 def _merges(views: list[View], call: Call) -> bool:

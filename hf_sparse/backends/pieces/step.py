@@ -21,6 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...plan.plan import Plan
 from ...plan.segments import Segment, Segments
 from ..call import Call
+from ..selected import Selected
+from .chosen_step import chosen_fetch
 from .fetch import Fetch, fetches_of
 from .heads import HeadBlock, head_blocks
 from .view import View
@@ -33,7 +35,12 @@ def is_step(call: Call, plans: Sequence[Plan | None]) -> bool:
 
 
 def step_attention(
-    views: Sequence[View], value: Tensor, call: Call, segments: Segments, sinks: Tensor | None = None
+    views: Sequence[View],
+    value: Tensor,
+    call: Call,
+    segments: Segments,
+    sinks: Tensor | None = None,
+    selected: Sequence[Selected | None] = (),
 ) -> Tensor:
     """Return the attention [B, H, 1, Dv] of one query per sequence; every plan has `reads`; sinks: [H].
 
@@ -46,11 +53,16 @@ def step_attention(
     if known not in segments.memo:
         segments.memo[known] = _layout(segments, plans, heads, groups, key.device)
     layout: _Layout = segments.memo[known]
+    chosen = chosen_fetch(segments, selected, heads, groups) if any(selected) else None
     if layout.is_whole:
         ((block, fetches),) = layout.blocks
+        if chosen is not None:
+            fetches = [(*fetches[0], chosen), *fetches[1:]]
         return _attend(views, value, call, layout.rows, block, fetches, sinks)
     out = value.new_zeros((query.shape[0], heads, 1, value.shape[-1]))
     for block, fetches in layout.blocks:
+        if chosen is not None:
+            fetches = [(*fetches[0], chosen.of(block.query, block.key, groups)), *fetches[1:]]
         out[layout.rows, block.query] = _attend(views, value, call, layout.rows, block, fetches, sinks)
     return out
 

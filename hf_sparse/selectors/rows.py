@@ -1,0 +1,52 @@
+"""The indexes of a batch: one for each group of rows that go on alike, as beams and padding divide them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .base import Selector
+from .index import BlockIndex
+
+
+class RowIndexes:
+    """Keeps what the earlier tokens of each row left behind."""
+
+    def __init__(self, selector: Selector) -> None:
+        self.selector = selector
+        self._rows: list[tuple[BlockIndex, int]] = []  # for each row its index, and its place there
+
+    def of(self, groups: Sequence[slice]) -> list[BlockIndex]:
+        """Return the index of each group of rows, which have the same tokens padded."""
+        count = max((rows.stop for rows in groups), default=0)
+        while len(self._rows) < count:
+            self._rows.append((BlockIndex(self.selector), 0))
+        found = []
+        for rows in groups:
+            index = self._joined(self._rows[rows])
+            self._rows[rows] = [(index, place) for place in range(rows.stop - rows.start)]
+            found.append(index)
+        return found
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i go on with what row ``rows[i]`` left behind."""
+        self._rows = [self._rows[row] for row in rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all indexes."""
+        return sum(index.nbytes for index in {id(index): index for index, _ in self._rows}.values())
+
+    def _joined(self, rows: Sequence[tuple[BlockIndex, int]]) -> BlockIndex:
+        first = rows[0][0]
+        same = all(index is first for index, _ in rows)
+        if same and [place for _, place in rows] == list(range(first.rows or len(rows))):
+            # Another group may go on with the same rows, as beams do.
+            shared = sum(index is first for index, _ in self._rows) > len(rows)
+            return first.taken(None) if shared else first
+        if same:
+            return first.taken(torch.tensor([place for _, place in rows]))
+        if not any(index.length for index, _ in rows):
+            return BlockIndex(self.selector)
+        return BlockIndex.joined([index.taken(torch.tensor([place])) for index, place in rows])
