@@ -47,7 +47,12 @@ from .patterns.sparse_transformer_fixed import SparseTransformerFixed
 from .patterns.sparse_transformer_strided import SparseTransformerStrided
 from .patterns.streaming_llm import StreamingLLM
 from .patterns.strided import Strided
+from .selectors.esa import EssentialSparseAttention
+from .selectors.gsa import GatherScatterAttention
+from .selectors.gsa_on_device import GsaOnDevice
+from .selectors.kvstar import KVStar
 from .selectors.quest import Quest
+from .selectors.threshold import Threshold
 from .selectors.topk_blocks import TopKBlocks
 
 __version__ = "0.1.0"
@@ -58,9 +63,13 @@ __all__ = [
     "BigBird",
     "BlockLocal",
     "DilatedWindow",
+    "EssentialSparseAttention",
     "Full",
+    "GatherScatterAttention",
     "GlobalTokens",
     "GroupedHeads",
+    "GsaOnDevice",
+    "KVStar",
     "Layered",
     "Longformer",
     "MultiScale",
@@ -77,6 +86,7 @@ __all__ = [
     "SparseTransformerStrided",
     "StreamingLLM",
     "Strided",
+    "Threshold",
     "TopKBlocks",
     "Union",
     "available_patterns",

@@ -34,7 +34,7 @@ GOALS = {  # gap closed that was asked for
 
 @dataclass(frozen=True)
 class Trial:
-    """One change of a recipe, trained once on the training files and scored on validation files.
+    """One change of a recipe, trained once on the training files and scored on validation files, without a control.
 
     options: of the recipe, as on its command line.
     """
@@ -44,4 +44,34 @@ class Trial:
     options: dict[str, object] = field(default_factory=dict)
 
 
-TRIALS: tuple[Trial, ...] = ()
+_SHORT = {"max_steps": 100}
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def _tried(recipe: str, **changes: dict[str, object]) -> tuple[Trial, ...]:
+    """Return the recipe with half its steps, and the same with each change."""
+    found = [Trial("the recipe, 100 steps", recipe, _SHORT)]
+    return (
+        *found,
+        *(Trial(name.replace("_", " "), recipe, {**_SHORT, **own}) for name, own in changes.items()),
+    )
+
+
+TRIALS: tuple[Trial, ...] = (
+    *_tried(
+        "sliding_window",
+        divergence_alone={"kl_weight": 1.0, "lm_weight": 0.0},
+        cross_entropy_alone={"kl_weight": 0.0, "lm_weight": 1.0},
+        and_attention_outputs={"attention_weight": 1.0},
+        LoRA_on_the_attention_alone={"lora_targets": _ATTENTION},
+        rank_8={"lora_r": 8, "lora_alpha": 16},
+        without_the_norms={"train_norms": False},
+        narrowing_from_2048={"narrow_from": 2048},
+    ),
+    *_tried(
+        "streaming_llm",
+        rank_128={"lora_r": 128, "lora_alpha": 256},
+        without_the_norms={"train_norms": False},
+        with_the_embeddings={"train_embeddings": True},
+    ),
+)

@@ -106,18 +106,12 @@ class Study:
         ]
 
     def trials(self) -> list[dict[str, Any]]:
-        """What was tried: the gap closed on validation files."""
+        """What was tried: the gap closed on validation files, measured from the dense model as it came."""
         rows = []
         for trial in TRIALS:
             say(f"trial {trial.name}")
-            trained = self.trained(f"trial {trial.name}", trial.recipe, SEEDS[0], trial.options)
-            control = self.trained(
-                f"trial {trial.name} {CONTROL}",
-                trial.recipe,
-                SEEDS[0],
-                {**trial.options, "dense_control": True},
-            )
-            gap = self._gap("validation", trained, control)[-1]
+            name = f"trial {trial.recipe}, {trial.name}"
+            gap = self._gap("validation", self.trained(name, trial.recipe, SEEDS[0], trial.options), None)[-1]
             rows.append(
                 {
                     "name": trial.name,
@@ -156,10 +150,15 @@ class Study:
         return output / "adapter"
 
     def untrained(self, split: str) -> Result:
-        """Dense attention and every recipe's pattern, nothing trained."""
+        """Dense attention and every pattern that is trained for the split, nothing trained."""
         if split not in self._untrained:
             model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
-            patterns = list(dict.fromkeys([*map(settings_of_recipe, RECIPES), settings_of(same_density())]))
+            names = RECIPES if split == "test" else [trial.recipe for trial in TRIALS]
+            wanted = [
+                *map(settings_of_recipe, names),
+                *([settings_of(same_density())] if split == "test" else []),
+            ]
+            patterns = list(dict.fromkeys(wanted))
             self._untrained[split] = self._perplexity(model, patterns, split, "untrained")
         return self._untrained[split]
 
@@ -173,12 +172,14 @@ class Study:
         for state in sorted(self.work.glob("*/log.json")):
             yield {"training": state.parent.name, "log": json.loads(state.read_text())}
 
-    def _gap(self, split: str, adapter: Path, control: Path) -> tuple[Result, Run, Run, GapClosed]:
+    def _gap(self, split: str, adapter: Path, control: Path | None) -> tuple[Result, Run, Run, GapClosed]:
+        """Return what an adapter closes against a dense control; None compares with the model as it came."""
         untrained = self.untrained(split)
-        trained, dense = self.scored(adapter, split), self.scored(control, split).find(False, "adapter")[0]
-        sparse = trained.find(True, "adapter")[0]
+        base = untrained.find(False)[0]
+        dense = base if control is None else self.scored(control, split).find(False, "adapter")[0]
+        sparse = self.scored(adapter, split).find(True, "adapter")[0]
         before = next(run for run in untrained.runs if run.label == sparse.label)
-        return untrained, sparse, dense, untrained.gap_closed(sparse, dense, before, untrained.find(False)[0])
+        return untrained, sparse, dense, untrained.gap_closed(sparse, dense, before, base)
 
     def _perplexity(self, model: Any, patterns: list[Any], split: str, folder: str) -> Result:
         say(f"scoring {folder}")

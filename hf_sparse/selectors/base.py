@@ -125,7 +125,7 @@ class Selector(Pattern):
         """Return what represents blocks, [R, H_kv, n, ...].
 
         Args:
-            key: [R, H_kv, n, block, D]; of a sequence that is not causal the last block may be cut short.
+            key: [R, H_kv, n, block, D].
             query: [R, H, n, D], the last query of each block.
         """
         raise NotImplementedError(f"{type(self).__name__} must define summarise(key, query)")

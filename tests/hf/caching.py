@@ -22,9 +22,13 @@ OPTIONS = {
     "bigbird": {"block": 2, "window_blocks": 3, "global_blocks": 1, "random_blocks": 1},
     "block_local": {"block": 4, "neighbours": 1},
     "dilated_window": {"window": 3, "dilation": 2},
+    "esa": {"keep": 0.4, "block": 3, "local": 0, "query_block": 2},
     "full": {},
     "global_tokens": {"positions": (0, 5), "ratio": 0.25},
     "grouped_heads": {"local_heads": 2, "window": 4, "global_token_ratio": 0.25, "adaptive_window": False},
+    "gsa": {"keep": 5, "block": 4, "representatives": 2, "local": 0},
+    "gsa_on_device": {"keep": 0.5, "block": 3, "dense_layers": 1, "bits": 5, "reuse": 2},
+    "kvstar": {"keep": 5, "block": 4, "query_block": 3, "local": 0},
     "layered": {"pattern": SlidingWindow(window=4), "dense_every": 2},
     "longformer": {"window": 3, "global_tokens": (0, 7)},
     "multi_scale": {"window": 2, "scales": 3},
@@ -38,6 +42,7 @@ OPTIONS = {
     "sparse_transformer_strided": {"stride": 4},
     "streaming_llm": {"sinks": 2, "window": 4},
     "strided": {"stride": 4, "anchor": "absolute"},
+    "threshold": {"p": 0.6, "block": 2, "query_block": 2},
     "topk_blocks": {"keep": 0.5, "block": 3, "local": 0, "query_block": 2},
 }
 MORE = [
