@@ -10,6 +10,7 @@ from recover_cases import CONTROL, GOALS, RECIPES
 from hf_sparse.evaluate.output_folder import write_folder
 from hf_sparse.evaluate.plot import new_figure, png
 
+WINDOW_DENSITY = 0.234  # of SAME_DENSITY at the length
 SPANS = ((1, 127), (128, 511), (512, 2047))  # tokens before, for what is left by position
 
 
@@ -61,11 +62,16 @@ def _recovery(recovery: Mapping[str, list[dict[str, Any]]]) -> str:
                 closed,
                 goal,
                 " · ".join(_nats(row["residual"]) for row in seeds),
-                " · ".join(_share(row["of_the_window"]) for row in seeds),
+                " · ".join(_share(row["of_the_window"]) for row in seeds) if _is_as_dense(first) else "",
             ]
         )
     head = ["recipe", "density", "untrained, above dense", "gap closed, by seed", "asked", "left, by seed"]
     return _table([*head, "of the gap of a window of 256"], rows)
+
+
+def _is_as_dense(row: Mapping[str, Any]) -> bool:
+    """True where a recipe reads about as much as the window that its gap is compared with."""
+    return abs(row["density"] - WINDOW_DENSITY) < 0.03
 
 
 def _positions(recovery: Mapping[str, list[dict[str, Any]]]) -> str:

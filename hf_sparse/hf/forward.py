@@ -142,6 +142,11 @@ def _check_cache(
         return
     if cache is None:
         return
+    if settings.pattern.content_based:
+        raise ValueError(
+            f"{settings.pattern} selects by summaries of earlier tokens, which a {type(cache).__name__} does not keep; "
+            f"use hf_sparse.make_cache(model), or leave past_key_values out"
+        )
     before = getattr(cache, _MADE_BY, None)
     if seen and before is not None and before != settings:
         raise ValueError(

@@ -1,0 +1,141 @@
+"""Models under content-based patterns: what is refused, training, saving, padding, and two models at once."""
+
+import pytest
+import torch
+from caching import CLOSE, left_padded
+from tiny_models import ENCODERS, logits, tiny, tokens
+from transformers import DynamicCache, StaticCache
+
+import hf_sparse
+from hf_sparse import PerHead, Quest, SlidingWindow, TopKBlocks, recording
+
+SELECTOR = TopKBlocks(keep=4, block=4, local=0, query_block=2)
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_torch_gives_what_the_reference_gives(name):
+    ids = tokens(2, 45)
+    out = []
+    for backend in ("reference", "torch"):
+        with recording() as seen:
+            out.append(
+                logits(hf_sparse.patch_model(tiny(name), SELECTOR, backend=backend), ids, use_cache=False)
+            )
+        assert {call.backend for call in seen.calls} == {backend}
+        assert all(call.pairs < call.dense_pairs for call in seen.calls[-2:])
+    torch.testing.assert_close(out[1], out[0], **CLOSE)
+
+
+def test_the_whole_budget_is_the_dense_model():
+    ids = tokens(2, 40)
+    dense = logits(tiny("llama"), ids)
+    full = logits(hf_sparse.patch_model(tiny("llama"), "topk_blocks", keep=1.0, block=4), ids)
+    torch.testing.assert_close(full, dense, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_are_refused_and_left_as_they_were(name):
+    model, ids = tiny(name), tokens(1, 20)
+    before = logits(model, ids)
+    with pytest.raises(ValueError, match="selects for causal attention"):
+        hf_sparse.patch_model(model, SELECTOR)
+    assert torch.equal(logits(model, ids), before) and not hasattr(model.config, "sparse_attention")
+
+
+def test_single_heads_are_refused():
+    with pytest.raises(ValueError, match="cannot hold a content-based pattern"):
+        hf_sparse.patch_model(tiny("llama"), PerHead((SELECTOR, *[SlidingWindow(4)] * 3)))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_caches_without_summaries_are_refused_at_the_first_call(cache):
+    model, ids = hf_sparse.patch_model(tiny("llama"), SELECTOR), tokens(1, 20)
+    made = (
+        DynamicCache(config=model.config)
+        if cache == "dynamic"
+        else StaticCache(config=model.config, max_cache_len=64)
+    )
+    with pytest.raises(ValueError, match=r"does not keep; use hf_sparse\.make_cache"):
+        model(ids, past_key_values=made)
+    out = model(ids)  # makes a DynamicCache by itself
+    with pytest.raises(ValueError, match=r"does not keep; use hf_sparse\.make_cache"):
+        model(ids[:, :1], past_key_values=out.past_key_values)
+
+
+def test_more_layers_than_budgets_are_refused():
+    with pytest.raises(ValueError, match="keep has 3 entries and the model has 2 layers"):
+        hf_sparse.patch_model(tiny("llama"), "topk_blocks", keep=[3, 4, 5])
+
+
+def test_layers_share_what_the_lowest_selects(monkeypatch):
+    model, ids, scored = tiny("llama"), tokens(1, 60), []
+    score = TopKBlocks.score
+    monkeypatch.setattr(TopKBlocks, "score", lambda *given: scored.append(None) or score(*given))
+    for reuse, times in ((1, 2), (2, 1)):
+        scored.clear()
+        hf_sparse.patch_model(model, TopKBlocks(keep=4, block=4, reuse=reuse))(ids, use_cache=False)
+        assert len(scored) == times
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_flow_and_checkpointing_gives_the_same(reentrant):
+    ids = tokens(2, 40)
+    grads = []
+    for checkpointing in (False, True):
+        model = hf_sparse.patch_model(tiny("llama"), TopKBlocks(keep=4, block=4, local=0, reuse=2)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 10
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+        assert grad.isfinite().all()
+
+
+def test_a_padded_batch_is_each_row_alone():
+    model = hf_sparse.patch_model(tiny("llama"), SELECTOR)
+    rows = left_padded((0, 11), 40)
+    out = logits(model, ids=rows["input_ids"], attention_mask=rows["attention_mask"])
+    alone = logits(model, rows["input_ids"][1:, 11:])
+    torch.testing.assert_close(out[1:, 11:], alone, **CLOSE)
+
+
+def test_two_models_do_not_affect_each_other():
+    ids = tokens(1, 40)
+    one, other = (
+        hf_sparse.patch_model(tiny("llama"), p) for p in (SELECTOR, Quest(keep=5, block=2, dense_layers=0))
+    )
+    first = logits(one, ids)
+    caches = [hf_sparse.make_cache(model) for model in (one, other)]
+    parts = []
+    for token in range(40):
+        for number, (model, cache) in enumerate(zip((one, other), caches, strict=True)):
+            step = logits(model, ids[:, token : token + 1], past_key_values=cache)
+            parts += [step] if number == 0 else []
+    torch.testing.assert_close(torch.cat(parts, 1), first, **CLOSE)
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    pattern = TopKBlocks(keep=[4, 0.5], block=4, represent="minmax") | SlidingWindow(7)
+    model, ids = hf_sparse.patch_model(tiny("llama"), pattern), tokens(1, 40)
+    model.save_pretrained(tmp_path)
+    loaded = hf_sparse.load(tmp_path).eval()
+    assert hf_sparse.hf.settings(loaded).pattern == pattern
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids), **CLOSE)
+
+
+def test_weights_for_those_who_ask_are_of_what_is_read():
+    model, ids = hf_sparse.patch_model(tiny("llama"), SELECTOR), tokens(1, 40)
+    with recording() as seen:
+        weights = model(ids, output_attentions=True, use_cache=False).attentions
+    for weight in weights:
+        torch.testing.assert_close(weight.sum(-1), torch.ones_like(weight.sum(-1)), **CLOSE)
+    assert int((weights[-1] > 0).sum()) <= seen.calls[-1].pairs < seen.calls[-1].dense_pairs
+
+
+def test_describe_tells_the_density():
+    model = hf_sparse.patch_model(tiny("llama"), "topk_blocks", keep=4, block=4, local=0)
+    text = hf_sparse.describe(model, seq_len=128)
+    assert "density 0.2" in text or "density 0.1" in text, text
