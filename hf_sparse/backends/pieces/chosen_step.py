@@ -13,11 +13,13 @@ from ..selected import Selected
 from .fetch import Fetch
 
 
-def chosen_fetch(segments: Segments, selected: Sequence[Selected | None], heads: int, groups: int) -> Fetch:
+def chosen_fetch(
+    segments: Segments, selected: Sequence[Selected | None], heads: int, groups: int, device: torch.device
+) -> Fetch:
     """Return how the selected keys of all sequences with a query are taken: slots [R, H_kv, 1 or G, m]."""
     kv_heads = heads // groups
     found = [
-        _slots(segment, chosen, kv_heads, groups)
+        _slots(segment, chosen, kv_heads, groups, device)
         for segment, chosen in zip(segments.entries, selected, strict=True)
         if segment.queries_in(1, segments.k_len)
     ]
@@ -32,11 +34,13 @@ def chosen_fetch(segments: Segments, selected: Sequence[Selected | None], heads:
     return Fetch(table, None if whole else table >= 0)
 
 
-def _slots(segment: Segment, chosen: Selected | None, kv_heads: int, groups: int) -> Tensor:
+def _slots(
+    segment: Segment, chosen: Selected | None, kv_heads: int, groups: int, device: torch.device
+) -> Tensor:
     """Return the slots [R, H_kv, 1 or G, m] that one sequence reads, -1 where it reads fewer."""
     rows = segment.rows.stop - segment.rows.start
     if chosen is None:
-        return torch.full((rows, kv_heads, 1, 0), -1)
+        return torch.full((rows, kv_heads, 1, 0), -1, device=device)
     lists = chosen.selection.lists[:, :, -1]
     keys, real = chosen.selection.positions(lists)
     keys, real = (x[:, :, None].expand(-1, kv_heads, -1, -1) for x in (keys, real))

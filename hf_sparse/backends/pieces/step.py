@@ -53,7 +53,7 @@ def step_attention(
     if known not in segments.memo:
         segments.memo[known] = _layout(segments, plans, heads, groups, key.device)
     layout: _Layout = segments.memo[known]
-    chosen = chosen_fetch(segments, selected, heads, groups) if any(selected) else None
+    chosen = chosen_fetch(segments, selected, heads, groups, key.device) if any(selected) else None
     if layout.is_whole:
         ((block, fetches),) = layout.blocks
         if chosen is not None:
