@@ -16,8 +16,6 @@ from ..patterns import Pattern
 from ..plan.held import SLACK
 from ..plan.plan import make_plan
 from ..plan.retention import key_groups, keys_held
-from ..selectors import divided
-from ..selectors.blocks import selected_pairs
 from .gated import DENSE
 from .units import Units
 
@@ -81,13 +79,10 @@ def density_costs(base: Any, units: Units, candidates: Sequence[Pattern], tokens
     for number, layer in enumerate(units.layers):
         constraint = layer_constraint(config, layer, causal)
         for index, candidate in enumerate(candidates):
-            static, selector, _ = divided(candidate, layer)
-            plan = make_plan(static, constraint, tokens, tokens, heads=units.heads, layer=layer)
+            plan = make_plan(candidate, constraint, tokens, tokens, heads=units.heads, layer=layer)
             per_head = np.zeros(units.heads)
             for group in plan.groups:
                 per_head[list(group.heads)] = group.pairs / len(group.heads)
-            if selector is not None:
-                per_head += selected_pairs(selector, 0, tokens, constraint.bounds()[0])
             pairs[number, :, index] = per_head.reshape(units.count, units.size).sum(1)
     return _shares("density", tokens, pairs)
 

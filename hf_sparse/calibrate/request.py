@@ -106,6 +106,11 @@ def candidates_of(base: Any, given: Sequence[str | Pattern], length: int) -> tup
                 f"a candidate is what a single unit runs, and {pattern} differs between layers or heads; "
                 "give its members"
             )
+        if pattern.content_based:
+            raise ValueError(
+                f"{pattern} selects by content for whole layers, so heads cannot choose it; use patterns that "
+                "positions alone decide"
+            )
         if pattern.places(None) is not None:
             raise ValueError(
                 f"{pattern} moves far keys to other places, which heads of one layer cannot do apart; "

@@ -132,6 +132,7 @@ def test_settings_that_mean_nothing(options, message):
             "moves far keys to other places, which heads of one layer cannot do",
         ),
         ([StreamingLLM(sinks=1, window=4, positions="cache")], "moves far keys to other places"),
+        (["topk_blocks"], "selects by content for whole layers, so heads cannot choose it"),
         (
             [Longformer(window=4, global_tokens=()) | GlobalTokens(token_ids=(5,))],
             "depends on the tokens of an input or has weights of its own",
