@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from hf_sparse.backends import Call, attend, recording
-from hf_sparse.patterns import get_pattern
+from hf_sparse.patterns import PerHead, get_pattern
+from hf_sparse.patterns.grouped_heads import GroupedHeads
 from hf_sparse.patterns.sliding_window import SlidingWindow
 from hf_sparse.patterns.strided import Strided
 from hf_sparse.plan import Constraint, Segments
+from hf_sparse.selectors import BlockIndex
 from hf_sparse.selectors.quest import Quest
 from hf_sparse.selectors.topk_blocks import TopKBlocks
 
@@ -116,3 +118,35 @@ def test_extreme_inputs_stay_finite():
 def test_a_backend_that_reads_no_selected_blocks_says_so():
     with pytest.raises(ValueError, match="it reads no selected blocks"):
         attend(*tensors(*SHAPES[0]), Call(get_pattern("topk_blocks", keep=5, block=4)), None, "cuda_flash")
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        None,
+        GroupedHeads(window=9, adaptive_window=False),
+        PerHead((SlidingWindow(5),) * 2 + (Strided(5),) * 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pads", [(0, 0), (0, 20), (76, 3)])
+def test_one_query_reads_what_it_reads_among_all(others, pads):
+    """Also beside patterns of heads, which divide the heads of a step, and in rows that begin at other slots."""
+    selector = TopKBlocks(keep=6, block=4, local=0, query_block=2)
+    pattern = selector if others is None else selector | others
+    query, key, value = (x.detach() for x in tensors(6, 2, 77, 8, 8))
+    segments = Segments.from_mask(torch.arange(77) >= torch.tensor(pads)[:, None])
+    want = attend(query, key, value, Call(pattern), segments, "reference")[:, :, -1:]
+    selections = []
+    for segment in segments.entries:
+        index, own = (
+            BlockIndex(selector),
+            (query[segment.rows, :, segment.slots], key[segment.rows, :, segment.slots]),
+        )
+        if segment.length > 1:
+            index.select(own[0][:, :, :-1], own[1][:, :, :-1])
+        selections.append(index.select(own[0][:, :, -1:], own[1]))
+    with recording() as seen:
+        got = attend(query[:, :, -1:], key, value, Call(pattern), segments, "torch", selections=selections)
+    assert seen.calls[0].operator == "step"
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)

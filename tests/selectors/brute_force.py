@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from hf_sparse.backends import Call, attend
+
 
 def represented(name: str, keys: Tensor, last_queries: Tensor) -> Tensor:
     """Return what stands for a block of keys [block, D]; last_queries: [G, D] of its last token."""
@@ -65,3 +67,16 @@ def selected(selector, query: Tensor, key: Tensor) -> list[list[set[int]]]:
             lists.append({*sinks, *best, *near})
         found.append(lists)
     return found
+
+
+def check_causal(selector, query: Tensor, key: Tensor, value: Tensor, tokens) -> None:
+    """Change one token after the other: what comes before it stays as it was, bit for bit."""
+    out = attend(query, key, value, Call(selector), None, "torch")
+    for t in tokens:
+        changed = [x.clone() for x in (query, key, value)]
+        for x in changed:
+            made = torch.Generator().manual_seed(t)
+            x[:, :, t] = 100 * torch.randn(x.shape[3], generator=made, dtype=x.dtype)
+        after = attend(*changed, Call(selector), None, "torch")
+        assert torch.equal(after[:, :, :t], out[:, :, :t])
+        assert not torch.equal(after[:, :, t], out[:, :, t])
