@@ -15,6 +15,7 @@ recovery.png.
 """
 
 import argparse
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ def main() -> None:
         return
     record = {
         "command": "python recipes/recover.py",
+        "date": date.today().isoformat(),
         "machine": describe_machine(torch.device("cpu")),
         **parts,
     }

@@ -32,7 +32,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             "# What a short training gives back",
-            f"`{record['command']}`; {machine['threads']} thread(s) of {machine['device_name']}; {versions}.",
+            f"`{record['command']}`, {record['date']}; {machine['threads']} thread(s) of {machine['device_name']}; "
+            f"{versions}.",
             "![gap closed](recovery.png)",
             "## Gap closed\n\nHeld-out test documents of 2,048 tokens, nats per token, [95 %] paired over documents. "
             "The control is the dense model trained on the same data with the same steps, seed and LoRA.",
