@@ -47,15 +47,19 @@ class Selected:
             counted = counted & ~self.others.allows(self.context, head, query, key)
         return counted
 
-    def mask(self, heads: int) -> Tensor:
-        """Return the pairs [R, H, Q, K] that count; quadratic, for the reference."""
-        pairs = self.selection.mask(heads, self.begin, self.end, self.first)
+    def mask(self, heads: int, query: Tensor | None = None) -> Tensor:
+        """Return the pairs [R, H, Q, K] that count with all keys, quadratic.
+
+        query: int64 [Q], positions of the queries asked about; None for all of the call.
+        """
+        device = self.selection.lists.device
+        query = torch.arange(self.begin, self.end, device=device) if query is None else query
+        key = torch.arange(self.first, self.end, device=device)
+        pairs = self.selection.mask(heads, query, key)
         if not self.is_masked:
             return pairs
-        query = torch.arange(self.begin, self.end, device=pairs.device)[:, None]
-        key = torch.arange(self.first, self.end, device=pairs.device)
-        head = torch.arange(heads, device=pairs.device)[:, None, None]
-        return pairs & self.counts(head, query, key)
+        head = torch.arange(heads, device=device)[:, None, None]
+        return pairs & self.counts(head, query[:, None], key)
 
     def pairs(self, heads: int) -> int:
         """Return the pairs that count, over all rows and heads; waits for the device."""

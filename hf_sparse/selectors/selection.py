@@ -41,13 +41,13 @@ class Selection:
         keys = (lists.clamp(min=0)[..., None] * self.key_block + inner).flatten(-2)
         return keys, (lists >= 0).repeat_interleave(self.key_block, -1)
 
-    def mask(self, heads: int, begin: int, end: int, first: int = 0) -> Tensor:
-        """Return the selected pairs [R, H, Q, K] of queries begin .. end with keys first .. end; quadratic."""
+    def mask(self, heads: int, query: Tensor, key: Tensor) -> Tensor:
+        """Return which pairs [R, H, Q, K] of positions are selected, int64 [Q] and [K]; quadratic."""
         rows, own, blocks, most = self.lists.shape
-        read = self.lists.new_zeros((rows, own, blocks, -(-end // self.key_block) + 1), dtype=torch.bool)
+        number, key = query // self.query_block - self.first_block, key // self.key_block
+        last = int(key.max()) + 1 if len(key) else 0
+        read = self.lists.new_zeros((rows, own, blocks, last + 1), dtype=torch.bool)
         if most:
-            read.scatter_(3, torch.where(self.lists < 0, read.shape[3] - 1, self.lists), True)
-        query = torch.arange(begin, end, device=read.device) // self.query_block - self.first_block
-        key = torch.arange(first, end, device=read.device) // self.key_block
-        pairs = read[:, :, query][..., key]
-        return pairs.repeat_interleave(heads // own, 1)
+            is_read = (self.lists >= 0) & (self.lists < last)
+            read.scatter_(3, torch.where(is_read, self.lists, last), True)
+        return read[:, :, number][..., key].repeat_interleave(heads // own, 1)
