@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_sparse.backends import Call, attend, recording
+from hf_sparse.backends.pieces import chosen_step
 from hf_sparse.patterns import PerHead, get_pattern
 from hf_sparse.patterns.grouped_heads import GroupedHeads
 from hf_sparse.patterns.sliding_window import SlidingWindow
@@ -150,3 +151,39 @@ def test_one_query_reads_what_it_reads_among_all(others, pads):
         got = attend(query[:, :, -1:], key, value, Call(pattern), segments, "torch", selections=selections)
     assert seen.calls[0].operator == "step"
     torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["buffer", "host", "half", "graph"])
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (4, 4)])
+def test_one_query_on_a_cache_copies_no_value(layout, heads, kv_heads, monkeypatch):
+    """Keys of a cache lie head by head, with room behind them; what no row reads may be nan."""
+    selector = TopKBlocks(keep=6, block=4, local=0, query_block=1)
+    query, key, value = (x.detach() for x in tensors(heads, kv_heads, 77, 8, 8, rows=3))
+    index = BlockIndex(selector)
+    index.select(query[:, :, :-1], key[:, :, :-1])
+    selection = index.select(query[:, :, -1:], key)
+    read = selection.mask(heads, torch.tensor([76]), torch.arange(77))[:, :: heads // kv_heads, 0]
+    read |= (torch.arange(77) < 4) | (torch.arange(77) >= 76)
+    value = value.masked_fill(~read[..., None], 0.0 if layout == "graph" else float("nan"))
+    room = torch.full((3, kv_heads, 100, 8), float("nan"))
+    room[:, :, :77] = value
+    want = attend(
+        query[:, :, -1:], key, value.nan_to_num(), Call(selector), None, "reference", selections=[selection]
+    )
+    if layout == "host":
+        key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value))
+    else:
+        value = room[:, :, :77]
+    if layout == "half":
+        query, key, value = (x.bfloat16() for x in (query, key, value))
+    if layout == "graph":
+        query.requires_grad_()
+    summed = []
+    bag = chosen_step.embedding_bag
+    monkeypatch.setattr(chosen_step, "embedding_bag", lambda *a, **k: summed.append(1) or bag(*a, **k))
+    got = attend(query[:, :, -1:], key, value, Call(selector), None, "torch", selections=[selection])
+    assert len(summed) == (layout == "buffer")
+    tolerance = 2e-2 if layout == "half" else 2e-6  # bfloat16 has 8 bits
+    torch.testing.assert_close(got.float(), want, atol=tolerance, rtol=tolerance)
+    if layout == "graph":
+        assert torch.autograd.grad(got.sum(), query)[0].abs().sum() > 0

@@ -45,6 +45,17 @@ class Fetch:
             slots = slots[:, :, places]
         return Fetch(slots, None if self.allowed is None else slots >= 0)
 
+    def scores(self, query: Tensor, key: Tensor, rows: slice | Tensor, heads: slice) -> Tensor:
+        """Return query [R, H, D] times the keys it reads of key [B, H_kv, K, D], [R, h_kv, G, m]."""
+        own = self.take(key, rows, heads).to(query.dtype)
+        # The query heads that share a list of keys are rows of one product.
+        return (query.unflatten(1, (own.shape[1], own.shape[2], -1)) @ own.mT).flatten(2, 3)
+
+    def sums(self, weights: Tensor, value: Tensor, rows: slice | Tensor, heads: slice) -> Tensor:
+        """Return weights [R, h_kv, G, m] times the values that are read of value [B, H_kv, K, Dv], [R, h_kv, G, Dv]."""
+        own = self.take(value, rows, heads).to(weights.dtype)
+        return (weights.unflatten(2, (own.shape[2], -1)) @ own).flatten(2, 3)
+
     def take(self, x: Tensor, rows: slice | Tensor, heads: slice) -> Tensor:
         """Return the tokens of some rows and key heads of x [B, H_kv, K, D] as [R, H_kv, G or 1, m, D]."""
         if isinstance(self.slots, slice):

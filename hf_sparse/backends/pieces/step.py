@@ -147,32 +147,27 @@ def _attend(
         own_rows = views[0].query[rows, heads.query].unflatten(1, (keys.shape[1], -1)).squeeze(3)
         fused = scaled_dot_product_attention(own_rows, keys, seen, scale=scale)
         return fused.flatten(1, 2)[:, :, None]
-    scores, values = [], []
-    for view, own in zip(views, fetches, strict=True):
+    read = [(view, fetch) for view, own in zip(views, fetches, strict=True) for fetch in own]
+    scores = []
+    for view, fetch in read:
         query = view.query[rows, heads.query, 0].to(exact)
-        for fetch in own:
-            key = fetch.take(view.key, rows, heads.key).to(exact)  # [R, H_kv, G or 1, m, D]
-            # The query heads that share a list of keys are rows of one product.
-            lists = query.unflatten(1, (key.shape[1], key.shape[2], -1))
-            score = (lists @ key.mT).flatten(2, 3) * scale  # [R, H_kv, G, m]
-            if call.softcap is not None:
-                score = call.softcap * torch.tanh(score / call.softcap)
-            if fetch.allowed is not None:
-                score = score.masked_fill(~fetch.allowed, float("-inf"))
-            scores.append(score)
-            values.append(fetch.take(value, rows, heads.key).to(exact))
+        score = fetch.scores(query, view.key, rows, heads.key) * scale  # [R, H_kv, G, m]
+        if call.softcap is not None:
+            score = call.softcap * torch.tanh(score / call.softcap)
+        if fetch.allowed is not None:
+            score = score.masked_fill(~fetch.allowed, float("-inf"))
+        scores.append(score)
     if sinks is not None:  # one more column, whose weight goes to no value
-        scores.append(
-            sinks[heads.query].view(scores[0].shape[1:3])[None, ..., None].expand_as(scores[0][..., :1])
-        )
+        column = sinks[heads.query].view(scores[0].shape[1:3])[None, ..., None]
+        scores.append(column.expand_as(scores[0][..., :1]))
     weights = (
         torch.cat(scores, -1).softmax(-1).split([score.shape[-1] for score in scores], -1)
         if len(scores) > 1
         else (scores[0].softmax(-1),)  # a query reads at least itself
     )
     parts = [
-        (weight.unflatten(2, (v.shape[2], -1)) @ v).flatten(2, 3)
-        for weight, v in zip(weights, values, strict=sinks is None)
+        fetch.sums(weight, value, rows, heads.key)
+        for (_, fetch), weight in zip(read, weights, strict=sinks is None)
     ]
     out = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return out.flatten(1, 2)[:, :, None].to(value.dtype)
