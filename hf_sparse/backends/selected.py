@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..patterns.base import Context, Pattern
 from ..plan.constraint import Constraint
 from ..plan.segments import Segments
-from ..selectors import BlockIndex, Division, Selection, Selector
+from ..selectors import Division, Index, Selection, Selector
 from .call import Call, CallRecord
 
 
@@ -86,7 +87,7 @@ def select_all(
     key: Tensor,
     segments: Segments,
     constraint: Constraint,
-    indexes: Sequence[BlockIndex] | None = None,
+    indexes: Sequence[Index[Any]] | None = None,
 ) -> list[Selection | None]:
     """Return what each sequence of a batch selects; None for one without queries.
 
@@ -102,7 +103,7 @@ def select_all(
         if not segment.queries_in(q_len, k_len):
             found.append(None)
             continue
-        index = BlockIndex(selector) if indexes is None else indexes[number]
+        index = selector.index() if indexes is None else indexes[number]
         own = query[segment.rows, :, segment.queries(q_len, k_len)]
         read = key[segment.rows, :, segment.slots]
         found.append(index.select(own, read, segment.first, constraint.bounds()[0]))

@@ -10,7 +10,7 @@ from typing import Any
 from ..patterns import Pattern, check_predicate
 from ..patterns.full import Full
 from ..selectors import Selector, divided
-from ..selectors.blocks import query_blocks
+from ..selectors.blocks import ListSelector, query_blocks
 from .figures import DTYPE_BYTES, Layer, cost_table
 from .options import add_pattern_options
 from .picture import dense_pairs, head_groups, picture
@@ -125,6 +125,9 @@ def _selected(selector: Selector, length: int, causal: bool) -> str:
     """Return what to say of blocks that are read by their content, which no picture can show."""
     if not causal:
         raise ValueError(f"{selector} selects for causal attention; leave out --bidirectional")
+    if not isinstance(selector, ListSelector):
+        count = selector.most_pairs(length - 1, length)
+        return f"drawn is what it always keeps; by their content the last query reads up to {count} keys more"
     blocks = query_blocks(selector, length - 1, length)
     count = int(blocks.counts[-1])
     return (

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..plan import Segments
 from ..plan.held import SLACK, Held, extend, take_back, take_rows
-from ..selectors import BlockIndex, Selector
+from ..selectors import Index, Selector
 from ..selectors.rows import RowIndexes
 from .cache_layer import SparseLayer
 from .cache_plan import make_layers
@@ -25,7 +25,7 @@ from .placing import Positions
 from .ragged_layer import HeldHeads, RaggedLayer
 from .stored_settings import SparseSettings, key_sources
 
-IndexesOf = Callable[[int, Selector, Segments], list[BlockIndex]]
+IndexesOf = Callable[[int, Selector, Segments], list[Index[Any]]]
 _ALWAYS = 2**62  # of the tokens seen nothing is ever dropped
 
 
@@ -244,7 +244,7 @@ class SparseCache(Cache):
         layer = self.layers[index]
         return layer.take_held(key, value) if isinstance(layer, RaggedLayer) else None
 
-    def _indexes_of(self, layer: int, selector: Selector, segments: Segments) -> list[BlockIndex]:
+    def _indexes_of(self, layer: int, selector: Selector, segments: Segments) -> list[Index[Any]]:
         rows = self._indexes.setdefault(layer, RowIndexes(selector))
         return rows.of([segment.rows for segment in segments.entries])
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from ..patterns.base import Pattern
 from ..selectors import divided
-from ..selectors.blocks import selected_pairs
 from .constraint import Constraint
 from .plan import Plan, make_plan
 from .retention import key_groups, keys_held
@@ -68,18 +67,17 @@ def cost(
     plan = make_plan(static, constraint, n, n, heads=heads, layer=layer)
     step = make_plan(static, constraint, 1, n, heads=heads, layer=layer)
     token_bytes = 2.0 * head_dim * dtype_bytes
-    pairs, read, summaries = plan.pairs, _keys_read(step, kv_heads), 0
+    pairs, read, looked_at = plan.pairs, _keys_read(step, kv_heads), 0.0
     if selector is not None:
         starts = constraint.bounds()[0]
-        pairs += selected_pairs(selector, 0, n, starts)
-        read += selected_pairs(selector, n - 1, n, starts) * kv_heads
-        summaries = n // selector.block * selector.summary_size(head_dim) * kv_heads
+        pairs += selector.most_pairs(0, n, starts)
+        read += selector.most_pairs(n - 1, n, starts) * kv_heads
+        looked_at = n * selector.numbers_per_token(head_dim) * kv_heads
     return Cost(
         pairs=pairs,
         dense_pairs=plan.dense_pairs,
         flops=4.0 * head_dim * heads * pairs,
-        kv_bytes_per_step=token_bytes * read
-        + 4.0 * summaries / (1 if selector is None else selector.queries),
+        kv_bytes_per_step=token_bytes * read + 4.0 * looked_at,
         kv_bytes_held=token_bytes * _keys_held(pattern, constraint, n, heads, kv_heads, layer),
     )
 

@@ -1,4 +1,4 @@
-"""The content-based patterns: which blocks of keys a query reads is decided by looking at queries and keys.
+"""The content-based patterns: which keys a query reads is decided by looking at queries and keys.
 
 Every module of this folder is imported, so a new file is enough.
 """
@@ -7,11 +7,12 @@ import importlib
 import pkgutil
 
 from .base import Selector
-from .index import BlockIndex
+from .block_index import BlockIndex
+from .index import Index
 from .selection import Selection
 from .split import Division, divided
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["BlockIndex", "Division", "Selection", "Selector", "divided"]
+__all__ = ["BlockIndex", "Division", "Index", "Selection", "Selector", "divided"]

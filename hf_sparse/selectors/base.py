@@ -1,112 +1,86 @@
-"""What a content-based pattern is: a rule that looks at queries and keys and says which blocks of keys are read.
+"""What a content-based pattern is: a rule that looks at queries and keys and says which keys are read.
 
-The tokens of a sequence are cut into blocks of `block` tokens, counted from its first one. `query_block` queries share
-a selection, which the first of them makes from what lies before it: so a later token never changes what an earlier one
-reads, and one pass, chunks of a prompt and single tokens of a generation select the same.
+The tokens of a sequence are cut into blocks of `block` tokens, counted from its first one. What a query reads is found
+from what lies before it: so a later token never changes what an earlier one reads, and one pass, chunks of a prompt and
+single tokens of a generation select the same.
 """
 
 from __future__ import annotations
 
-import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..patterns.base import Context, Pattern
-from ..patterns.checks import check_count, check_list_fits
+from ..patterns.checks import check_choice, check_count
 from ..patterns.full import Full
-from ..patterns.parts import Every, Part
-from .choose import QueryBlocks, best
+from ..patterns.parts import Bound, Every, Part
 from .kept import KeptBlocks
 
-_ROUNDING = 1e-9  # 0.3 * 10 blocks are 3, not 4
+if TYPE_CHECKING:
+    from .index import Index
+
+SELECTIONS = ("causal", "prompt")
 
 
-@dataclass(frozen=True)
 class Selector(Pattern):
-    """A pattern that selects blocks of keys by their content, besides those it always keeps.
+    """A pattern that selects keys by their content, besides those it always keeps.
 
-    A subclass says what represents a block and how a query scores that; the best blocks are read. `allows` answers what
-    may be read at all, which is everything.
+    A subclass has the options below, and an index that selects. `allows` answers what may be read at all, which is
+    everything.
     """
 
     by_content: ClassVar[bool] = True
-    takes_all_counted: ClassVar[bool] = True  # `choose` fills the lists as far as the budget goes
-    looks_back: ClassVar[int] = 1  # queries, the block's first one the last of them, that scoring looks at
+    keeps_apart: ClassVar[bool] = True  # what is selected is none of what is kept
 
-    # blocks that a query reads in all, the kept ones included: a share of those up to it, or a number; a list gives
-    # each layer its own
-    keep: int | float | tuple[int | float, ...] = 0.125
-    block: int = 64  # tokens per block of keys
-    query_block: int | None = None  # queries that share what the first of them selects; None is `block`
-    sinks: int = 1  # blocks at the beginning that are always kept
-    local: int = 2  # blocks before a query's own that are always kept, as its own is
-    dense_layers: int = 0  # layers at the bottom that read everything
-    reuse: int = 1  # layers, one after the other, that share what the lowest of them selects
+    block: int  # tokens per block of keys
+    sinks: int  # blocks at the beginning that are always kept
+    local: int  # blocks before a query's own that are always kept, as its own is
+    dense_layers: int  # layers at the bottom that read everything
+    reuse: int  # layers, one after the other, that share what the lowest of them selects
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", _checked_keep(self.keep))
         check_count("block", self.block, 1)
-        if self.query_block is not None:
-            check_count("query_block", self.query_block, 1)
-            if self.query_block > self.block and self.query_block % self.block:
-                raise ValueError(
-                    f"query_block must be at most block, or a multiple of it, got query_block={self.query_block} and "
-                    f"block={self.block}; choose {self.query_block // self.block * self.block}"
-                )
         check_count("sinks", self.sinks, 0)
         check_count("local", self.local, 0)
         check_count("dense_layers", self.dense_layers, 0)
         check_count("reuse", self.reuse, 1)
+        check_choice("selection", getattr(self, "selection", SELECTIONS[0]), SELECTIONS)
 
     @property
     def per_layer(self) -> bool:
-        return self.dense_layers > 0 or isinstance(self.keep, tuple)
+        return self.dense_layers > 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True where later tokens of a prompt decide what earlier ones read, as some publications have it."""
+        return getattr(self, "selection", SELECTIONS[0]) == "prompt"
 
     @property
     def queries(self) -> int:
         """Queries that share a selection."""
-        return self.block if self.query_block is None else self.query_block
+        return self.block
 
     @property
-    def scores_per_block(self) -> int:
-        """Numbers computed for one score of a query head; long sequences are scored part by part."""
-        return 1
-
-    @property
-    def kept(self) -> KeptBlocks:
+    def kept(self) -> Pattern:
         """What is read whatever is selected."""
-        grid = max(self.block, self.queries)
-        return KeptBlocks(grid, self.before * self.block, self.sinks * self.block)
-
-    @property
-    def before(self) -> int:
-        """Blocks before a query's own that are kept.
-
-        One more than `local` where queries that share a selection may lie in two blocks: the later ones still see what
-        the first of them found in its own.
-        """
-        return self.local + bool(self.block % self.queries and self.queries % self.block)
+        return KeptBlocks(self.block, self.local * self.block, self.sinks * self.block)
 
     def check_fit(self, heads: int, layers: int) -> None:
-        if isinstance(self.keep, tuple):
-            check_list_fits("keep", self.keep, "layer", layers)
         if self.dense_layers > layers:
             raise ValueError(
                 f"dense_layers={self.dense_layers} is more than the {layers} layers of the model; lower it"
             )
 
     def at_layer(self, layer: int) -> Pattern:
-        """Return what one layer runs: this with its own budget, or dense attention."""
+        """Return what one layer runs: this, or dense attention."""
         if layer < self.dense_layers:
             return Full()
-        if not self.per_layer:
-            return self
-        keep = self.keep[layer] if isinstance(self.keep, tuple) else self.keep
-        return replace(self, keep=keep, dense_layers=0)
+        own: Any = self
+        return replace(own, dense_layers=0) if self.dense_layers else self
 
     def allows(self, context: Context, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query == query) & (key == key)
@@ -114,68 +88,17 @@ class Selector(Pattern):
     def parts(self, context: Context) -> Sequence[Part]:
         return [Part(Every())]
 
-    def wanted(self, seen: int) -> int:
-        """Return how many of `seen` blocks, the query's own one included, are read."""
-        assert not isinstance(self.keep, tuple), "each layer has its own"
-        if isinstance(self.keep, float):
-            return min(seen, max(1, math.ceil(self.keep * seen - _ROUNDING)))
-        return min(seen, self.keep)
+    @abstractmethod
+    def index(self) -> Index[Any]:
+        """Return what selects for one sequence, of which no token has come."""
 
-    def summarise(self, key: Tensor, query: Tensor) -> Tensor:
-        """Return what represents blocks, [R, H_kv, n, ...].
+    @abstractmethod
+    def most_pairs(self, begin: int, end: int, starts: tuple[Bound, ...] = ()) -> int:
+        """Return the pairs per head that queries at positions begin .. end select at most, besides those kept.
 
-        Args:
-            key: [R, H_kv, n, block, D].
-            query: [R, H, n, D], the last query of each block.
+        starts: before which the model itself lets a query see nothing.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define summarise(key, query)")
 
-    def score(self, query: Tensor, blocks: Tensor) -> Tensor:
-        """Return how much queries want blocks, [R, H_kv or 1, J, n]: for each key head, or one for all of them.
-
-        Args:
-            query: [R, H, J, W, D], the `looks_back` latest queries when a block of queries begins, the first of them 0
-                where there are fewer.
-            blocks: [R, H_kv, n, ...] from `summarise`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define score(query, blocks)")
-
-    def summary_size(self, head_dim: int) -> int:
-        """Return how many numbers represent a block, for each key head of this size."""
-        key = torch.empty((1, 1, 1, self.block, head_dim), device="meta")
-        return self.summarise(key, key[..., 0, :]).numel()
-
-    def score_among(self, query: Tensor, blocks: Tensor, among: Tensor) -> Tensor:
-        """Return `score`; a selector whose score of a block depends on the others, as a share does, defines this.
-
-        Args:
-            among: bool [J, n], which blocks may be selected; what the score of another is does not matter.
-        """
-        return self.score(query, blocks)
-
-    def choose(self, scores: Tensor, blocks: QueryBlocks) -> Tensor:
-        """Return the numbers of the blocks that are read, int64 [R, G, J, m], -1 behind the last one of a list.
-
-        Args:
-            scores: [R, G, J, n] from `score_among`, G being 1 or the key heads; may be changed in place.
-        """
-        return best(scores, blocks)
-
-
-def _checked_keep(keep: Any) -> float | int | tuple[float | int, ...]:
-    if isinstance(keep, (list, tuple)):
-        if not keep:
-            raise ValueError("keep must be a share, a number of blocks, or a list with one per layer, got []")
-        return tuple(_checked_budget(one) for one in keep)
-    return _checked_budget(keep)
-
-
-def _checked_budget(keep: Any) -> float | int:
-    whole = isinstance(keep, int) and not isinstance(keep, bool)
-    if whole and keep >= 1:
-        return int(keep)
-    if isinstance(keep, float) and 0 < keep <= 1:
-        return keep
-    raise ValueError(
-        f"keep must be a share of the blocks above 0 and up to 1.0, or a whole number of blocks from 1 on, got {keep!r}"
-    )
+    @abstractmethod
+    def numbers_per_token(self, head_dim: int) -> float:
+        """Return how many numbers an index reads per earlier token for one query, for each key head of this size."""

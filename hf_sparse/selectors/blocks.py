@@ -1,8 +1,10 @@
-"""Which blocks of queries a call has, which blocks of keys each may select, and how many."""
+"""Selectors that list blocks of keys: which blocks of queries a call has, and which each may select, and how many."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 
@@ -11,8 +13,29 @@ from .base import Selector
 from .choose import QueryBlocks
 
 
+class ListSelector(Selector):
+    """A selector that lists blocks of keys for each block of queries."""
+
+    takes_all_counted: ClassVar[bool] = True  # lists are filled as far as the budget goes
+    looks_back: ClassVar[int] = 1  # queries, the block's first one the last of them, that scoring looks at
+
+    @property
+    def before(self) -> int:
+        """Blocks before a query's own that are kept."""
+        return self.local
+
+    @abstractmethod
+    def wanted(self, seen: int) -> int:
+        """Return how many of `seen` blocks, the query's own one included, are read."""
+
+    def most_pairs(self, begin: int, end: int, starts: tuple[Bound, ...] = ()) -> int:
+        blocks = query_blocks(self, begin, end, starts)
+        last = np.minimum(blocks.asks + self.queries, end)
+        return int(((last - np.maximum(blocks.asks, begin)) * blocks.counts).sum()) * self.block
+
+
 @lru_cache(maxsize=512)
-def query_blocks(selector: Selector, begin: int, end: int, starts: tuple[Bound, ...] = ()) -> QueryBlocks:
+def query_blocks(selector: ListSelector, begin: int, end: int, starts: tuple[Bound, ...] = ()) -> QueryBlocks:
     """Return the blocks of causal queries at positions begin .. end.
 
     starts: before which the model itself lets a query see nothing; only blocks that the asking query may see whole are
@@ -32,11 +55,3 @@ def query_blocks(selector: Selector, begin: int, end: int, starts: tuple[Bound, 
     wanted = np.array([selector.wanted(int(count)) for count in seen], dtype=np.int64)
     counts = np.clip(wanted - kept, 0, high - low)
     return QueryBlocks(int(numbers[0]) if len(numbers) else 0, asks, low, high, counts)
-
-
-def selected_pairs(selector: Selector, begin: int, end: int, starts: tuple[Bound, ...] = ()) -> int:
-    """Return the pairs per head that queries begin .. end select at most, those of kept blocks not counted."""
-    blocks = query_blocks(selector, begin, end, starts)
-    last = np.minimum(blocks.asks + selector.queries, end)
-    rows = last - np.maximum(blocks.asks, begin)
-    return int((rows * blocks.counts).sum()) * selector.block

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..patterns.registry import register_pattern
-from .base import Selector
+from .block_selector import BlockSelector
 from .representations import products
 
 
 @register_pattern("esa")
 @dataclass(frozen=True)
-class EssentialSparseAttention(Selector):
+class EssentialSparseAttention(BlockSelector):
     """The blocks whose mean keys all heads together want most."""
 
     keep: int | float | tuple[int | float, ...] = (

@@ -17,13 +17,13 @@ from torch.nn.functional import normalize
 
 from ..patterns.checks import check_count
 from ..patterns.registry import register_pattern
-from .base import Selector
+from .block_selector import BlockSelector
 from .representations import products
 
 
 @register_pattern("gsa")
 @dataclass(frozen=True)
-class GatherScatterAttention(Selector):
+class GatherScatterAttention(BlockSelector):
     """The blocks of which some part points where the queries do."""
 
     keep: int | float | tuple[int | float, ...] = (

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from ..patterns.checks import LARGEST_SEED, check_count
 from ..patterns.registry import register_pattern
-from .base import Selector
+from .block_selector import BlockSelector
 from .representations import over_groups
 
 _UNPACKED = 2**24  # bits of keys unpacked at a time
@@ -28,7 +28,7 @@ _UNPACKED = 2**24  # bits of keys unpacked at a time
 
 @register_pattern("gsa_on_device")
 @dataclass(frozen=True)
-class GsaOnDevice(Selector):
+class GsaOnDevice(BlockSelector):
     """The blocks with the keys that differ from the queries in the fewest bits."""
 
     keep: int | float | tuple[int | float, ...] = (
@@ -79,7 +79,7 @@ def _directions(size: int, bits: int, seed: int, dtype: torch.dtype, device: tor
 
 def _packed(bits: Tensor) -> Tensor:
     """Return bool [..., bits] as uint8 [..., ceil(bits / 8)]."""
-    eights = pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    eights = pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
     return (eights << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
 
 

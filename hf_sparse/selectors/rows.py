@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .base import Selector
-from .index import BlockIndex
+from .index import Index
 
 
 class RowIndexes:
@@ -15,13 +16,13 @@ class RowIndexes:
 
     def __init__(self, selector: Selector) -> None:
         self.selector = selector
-        self._rows: list[tuple[BlockIndex, int]] = []  # for each row its index, and its place there
+        self._rows: list[tuple[Index[Any], int]] = []  # for each row its index, and its place there
 
-    def of(self, groups: Sequence[slice]) -> list[BlockIndex]:
+    def of(self, groups: Sequence[slice]) -> list[Index[Any]]:
         """Return the index of each group of rows, which have the same tokens padded."""
         count = max((rows.stop for rows in groups), default=0)
         while len(self._rows) < count:
-            self._rows.append((BlockIndex(self.selector), 0))
+            self._rows.append((self.selector.index(), 0))
         found = []
         for rows in groups:
             index = self._joined(self._rows[rows])
@@ -38,7 +39,7 @@ class RowIndexes:
         """Bytes of all indexes."""
         return sum(index.nbytes for index in {id(index): index for index, _ in self._rows}.values())
 
-    def _joined(self, rows: Sequence[tuple[BlockIndex, int]]) -> BlockIndex:
+    def _joined(self, rows: Sequence[tuple[Index[Any], int]]) -> Index[Any]:
         first = rows[0][0]
         same = all(index is first for index, _ in rows)
         if same and [place for _, place in rows] == list(range(first.rows or len(rows))):
@@ -48,5 +49,6 @@ class RowIndexes:
         if same:
             return first.taken(torch.tensor([place for _, place in rows]))
         if not any(index.length for index, _ in rows):
-            return BlockIndex(self.selector)
-        return BlockIndex.joined([index.taken(torch.tensor([place])) for index, place in rows])
+            return self.selector.index()
+        parts = [index.taken(torch.tensor([place])) for index, place in rows]
+        return parts[0].joined(parts[1:])

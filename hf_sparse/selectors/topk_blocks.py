@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..patterns.checks import check_choice
 from ..patterns.registry import register_pattern
-from .base import Selector
+from .block_selector import BlockSelector
 from .representations import REPRESENTATIONS, over_groups
 
 
 @register_pattern("topk_blocks")
 @dataclass(frozen=True)
-class TopKBlocks(Selector):
+class TopKBlocks(BlockSelector):
     """The blocks with the highest scores."""
 
     represent: str = "mean"  # what represents a block: mean, first, weighted, minmax or hash

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from hf_sparse.backends import Call, attend
 from hf_sparse.patterns import get_pattern
 from hf_sparse.patterns.full import Full
-from hf_sparse.selectors import BlockIndex, divided, gsa_on_device, index
+from hf_sparse.selectors import BlockIndex, divided, gsa_on_device, block_index
 from hf_sparse.selectors.esa import EssentialSparseAttention
 from hf_sparse.selectors.gsa import GatherScatterAttention
 from hf_sparse.selectors.gsa_on_device import GsaOnDevice
@@ -264,7 +264,7 @@ def test_tokens_taken_back_and_rows_put_together_leave_no_trace(selector):
     held.select(query[:, :, :70], key[:, :, :70])
     held.select(other[:, :, 70:], torch.cat((key[:, :, :70], key2[:, :, 70:]), 2))
     held.select(query[:, :, 63:64], key[:, :, :64])  # goes on at 63
-    held = BlockIndex.joined([held.taken(torch.tensor([row])) for row in (1, 0)])
+    held = held.taken(torch.tensor([1])).joined([held.taken(torch.tensor([0]))])
     query, key = query.flip(0), key.flip(0)
     for end in range(65, 81):
         part = held.select(query[:, :, end - 1 : end], key[:, :, :end])
@@ -283,7 +283,7 @@ def test_what_is_scored_part_by_part_is_selected_the_same(selector, monkeypatch)
         return own(self, asked, blocks, among)
 
     monkeypatch.setattr(type(selector), "score_among", seen)
-    monkeypatch.setattr(index, "_SCORES", 2000)
+    monkeypatch.setattr(block_index, "_SCORES", 2000)
     monkeypatch.setattr(gsa_on_device, "_UNPACKED", 200)
     assert listed(BlockIndex(selector).select(query, key).lists) == whole
     computed = {
