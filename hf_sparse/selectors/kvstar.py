@@ -5,8 +5,9 @@ means of neighbouring keys. The latest 8 queries spread a softmax of their plain
 blocks that may be selected; a block's score is the mass it gets from all 8 and all query heads of the key head. What
 is selected holds for the next 8 queries.
 
-The publication chooses the channels once, by all keys of a prompt. Here each block chooses its own when it is whole, so
-that no token depends on a later one. As published, the products are not scaled.
+The publication chooses the channels once, by all keys of a prompt, whose last 8 queries select: ``selection="prompt"``
+does so for the prompt of a generation. Otherwise each block chooses its channels when it is whole, and queries select
+for those after them, so that no token depends on a later one. As published, the products are not scaled.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch import Tensor
 
 from ..patterns.checks import check_count, check_ratio
 from ..patterns.registry import register_pattern
-from .base import Selector
+from .block_selector import BlockSelector
 from .choose import masses
 
 
 @register_pattern("kvstar")
 @dataclass(frozen=True)
-class KVStar(Selector):
+class KVStar(BlockSelector):
     """The blocks that get the most attention from the last queries, by the strongest channels of merged keys."""
 
     looks_back: ClassVar[int] = 8
@@ -36,6 +37,9 @@ class KVStar(Selector):
     query_block: int | None = 8  # queries that share what the first of them selects; None is `block`
     channels: float = 0.25  # share of the channels that a block keeps
     pairs: int = 2  # neighbouring keys with one mean; must divide block
+    selection: str = (
+        "causal"  # or "prompt": all keys and the last queries of a generation's prompt decide for it
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,8 +55,9 @@ class KVStar(Selector):
     def summarise(self, key: Tensor, query: Tensor) -> Tensor:
         """Return the means of the kept channels, and as a last row the numbers of these, [R, H_kv, n, M + 1, C]."""
         count = max(1, round(self.channels * key.shape[4]))
-        order = key.abs().mean(3, keepdim=True).sort(dim=-1, descending=True, stable=True).indices
-        kept = order[..., :count]
+        size = key.abs().mean((2, 3) if self.looks_ahead else 3, keepdim=True)
+        order = size.sort(dim=-1, descending=True, stable=True).indices
+        kept = order[..., :count].expand(-1, -1, key.shape[2], -1, -1)
         means = key.unflatten(3, (-1, self.pairs)).mean(4)
         return torch.cat((_at(means, kept), kept.to(key.dtype)), 3)
 

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from hf_sparse.backends import Call, attend
 from hf_sparse.patterns import get_pattern
 from hf_sparse.patterns.full import Full
-from hf_sparse.selectors import BlockIndex, divided, gsa_on_device, block_index
+from hf_sparse.selectors import BlockIndex, block_index, divided, gsa_on_device
 from hf_sparse.selectors.esa import EssentialSparseAttention
 from hf_sparse.selectors.gsa import GatherScatterAttention
 from hf_sparse.selectors.gsa_on_device import GsaOnDevice

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...selectors import Selection
 from ..selected import Selected
 from .lists import Tensors
 from .masks import as_bias
@@ -20,6 +22,7 @@ from .tiled import TileSpan
 
 _SCORES = 1_000_000  # scores computed at a time
 _GATHERED = 4_000_000  # numbers of gathered keys at a time
+_STEPS = np.array([1, *(size << i for i in range(40) for size in (2, 3))])
 
 
 def run_chosen(chosen: Selected, tensors: Tensors) -> Iterator[Tile]:
@@ -30,7 +33,8 @@ def run_chosen(chosen: Selected, tensors: Tensors) -> Iterator[Tile]:
     own = chosen.selection
     kv_heads = tensors.key.shape[1]
     groups = tensors.query.shape[1] // kv_heads
-    ranges = list(_ranges(chosen, groups, max(tensors.key.shape[-1], tensors.value.shape[-1])))
+    widths = _widths(own)
+    ranges = list(_ranges(chosen, widths, groups, max(tensors.key.shape[-1], tensors.value.shape[-1])))
     if not ranges:
         return
     for row in range(tensors.key.shape[0]):
@@ -39,9 +43,8 @@ def run_chosen(chosen: Selected, tensors: Tensors) -> Iterator[Tile]:
             read = _Blocks(chosen, row, kv, tensors)
             for start, stop in ranges:
                 first, end = own.rows(start, stop, chosen.begin, chosen.end)
-                most = int(own.counts[start:stop].max())
-                part = lists[start:stop, :most]
-                spread = bool((own.counts[start:stop] < most).any()) or not own.exact
+                part = lists[start:stop, : int(widths[start:stop].max())]
+                spread = bool((own.counts[start:stop] < part.shape[1]).any()) or not own.exact
                 bias, empty = _bias(chosen, part, first, end, kv, groups, tensors.query.dtype, spread)
                 heads = slice(kv * groups, (kv + 1) * groups)
                 place = partial(_rows, row, heads, slice(first, end), stop - start)
@@ -93,20 +96,38 @@ class _Blocks:
         self.dvalue.index_add_(0, flat, value.reshape(len(flat), -1))
 
 
-def _ranges(chosen: Selected, groups: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, one past the last) blocks of queries that are computed at once; cut ones stand alone."""
+def _widths(own: Selection) -> np.ndarray:
+    """Return how many blocks of keys a tile of each block of queries has room for, int64 [J].
+
+    Where content decides that, it is the next of 1, 2, 3, 4, 6, 8, 12, ... for each block of queries by itself.
+    """
+    if own.exact:
+        return own.counts
+    return np.where(
+        own.counts, np.minimum(_STEPS[np.searchsorted(_STEPS, own.counts)], own.lists.shape[3]), 0
+    )
+
+
+def _ranges(chosen: Selected, widths: np.ndarray, groups: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, one past the last) blocks of queries that are computed at once; cut ones stand alone.
+
+    Where content decides how many blocks are read, only blocks of queries with equal widths go together: what a later
+    token selects must not change how an earlier one is computed, or it would be rounded otherwise.
+    """
     own = chosen.selection
-    blocks = len(own.counts)
+    blocks = len(widths)
     start = 0
     while start < blocks:
-        if not own.counts[start]:
+        if not widths[start]:
             start += 1
             continue
-        stop, most = start + 1, int(own.counts[start])
-        while stop < blocks and _whole(chosen, start) and _whole(chosen, stop) and own.counts[stop]:
-            wider = max(most, int(own.counts[stop]))
+        stop, most = start + 1, int(widths[start])
+        while stop < blocks and _whole(chosen, start) and _whole(chosen, stop) and widths[stop]:
+            wider = max(most, int(widths[stop]))
             keys = wider * own.key_block * (stop + 1 - start)
             if keys * groups * own.query_block > _SCORES or keys * size > _GATHERED:
+                break
+            if not own.exact and widths[stop] != most:
                 break
             stop, most = stop + 1, wider
         yield start, stop
