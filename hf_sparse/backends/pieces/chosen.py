@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...selectors import Selection
 from ..selected import Selected
@@ -37,9 +38,10 @@ def run_chosen(chosen: Selected, tensors: Tensors) -> Iterator[Tile]:
     ranges = list(_ranges(chosen, widths, groups, max(tensors.key.shape[-1], tensors.value.shape[-1])))
     if not ranges:
         return
+    room = pad(own.lists, (0, max(0, int(widths.max()) - own.lists.shape[3])), value=-1)
     for row in range(tensors.key.shape[0]):
         for kv in range(kv_heads):
-            lists = own.lists[row, kv if own.lists.shape[1] > 1 else 0]
+            lists = room[row, kv if room.shape[1] > 1 else 0]
             read = _Blocks(chosen, row, kv, tensors)
             for start, stop in ranges:
                 first, end = own.rows(start, stop, chosen.begin, chosen.end)
@@ -103,9 +105,7 @@ def _widths(own: Selection) -> np.ndarray:
     """
     if own.exact:
         return own.counts
-    return np.where(
-        own.counts, np.minimum(_STEPS[np.searchsorted(_STEPS, own.counts)], own.lists.shape[3]), 0
-    )
+    return np.where(own.counts, _STEPS[np.searchsorted(_STEPS, own.counts)], 0)
 
 
 def _ranges(chosen: Selected, widths: np.ndarray, groups: int, size: int) -> Iterator[tuple[int, int]]:
