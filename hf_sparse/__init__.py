@@ -1,15 +1,18 @@
 """hf_sparse: sparse attention patterns for pretrained Hugging Face models."""
 
+from .analyze import analyze  # the function: it stands where the subpackage of its name would
 from .backends import recording
-from .calibrate import calibrate  # the function: it stands where the subpackage of its name would
+from .calibrate import calibrate  # likewise
 from .evaluate.encode import encode
 from .hf import (
     describe,
     extend_positions,
+    hold_mass,
     load,
     load_adapter,
     load_pattern,
     make_cache,
+    monitored,
     patch_model,
     patched,
     save_adapter,
@@ -42,6 +45,7 @@ from .patterns.random import Random
 from .patterns.rerope import ReRoPE
 from .patterns.self_extend import SelfExtend
 from .patterns.shifted import Shifted
+from .patterns.sinks import Sinks
 from .patterns.sliding_window import SlidingWindow
 from .patterns.sparse_transformer_fixed import SparseTransformerFixed
 from .patterns.sparse_transformer_strided import SparseTransformerStrided
@@ -81,6 +85,7 @@ __all__ = [
     "ReRoPE",
     "SelfExtend",
     "Shifted",
+    "Sinks",
     "SlidingWindow",
     "SparseTransformerFixed",
     "SparseTransformerStrided",
@@ -89,17 +94,20 @@ __all__ = [
     "Threshold",
     "TopKBlocks",
     "Union",
+    "analyze",
     "available_patterns",
     "calibrate",
     "describe",
     "encode",
     "extend_positions",
     "get_pattern",
+    "hold_mass",
     "load",
     "load_adapter",
     "load_pattern",
     "load_plugin",
     "make_cache",
+    "monitored",
     "patch_model",
     "patched",
     "recommended",

@@ -1,4 +1,4 @@
-"""The patterns that `compare_patterns.py` compares: every registered one, at about as many keys per query.
+"""The patterns that `compare_patterns.py` compares: every one for use alone, at about as many keys per query.
 
 At 8,192 tokens each sees some 250 to 500 keys on average, so that rows can be compared; the exceptions are windows of
 other sizes, which show what more or fewer keys are worth, and `layered`, two of whose layers in six are dense.
@@ -12,6 +12,7 @@ from hf_sparse import Pattern, get_pattern
 # A window alone forgets, a stride alone sees no neighbours: what both see together.
 UNION = get_pattern("sliding_window", window=256) | get_pattern("strided", stride=16)
 EQUAL_TO_DENSE = "full"  # registered too; it is what the others are held against
+PART_OF_UNIONS = "sinks"  # registered too; `streaming_llm` is its union with a window
 
 
 @dataclass(frozen=True)

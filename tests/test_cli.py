@@ -326,6 +326,7 @@ def test_help_names_the_commands(capsys):
     assert set(cli.COMMANDS) == {
         *(
             "adapt",
+            "analyze",
             "calibrate",
             "compare",
             "eval",

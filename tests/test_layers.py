@@ -22,10 +22,14 @@ BELOW = {
     "hf": {"patterns", "selectors", "plan", "backends"},
     "evaluate": {"patterns", "selectors", "plan", "backends", "hf", "documents"},
     "calibrate": {"patterns", "selectors", "plan", "backends", "hf", "evaluate", "documents"},
+    "analyze": {"patterns", "selectors", "plan", "backends", "hf", "evaluate", "calibrate", "documents"},
     "train": {"patterns", "selectors", "plan", "backends", "hf", "evaluate", "documents"},
-    "cli": {"patterns", "selectors", "plan", "backends", "hf", "evaluate", "calibrate", "train", "documents"},
+    "cli": {
+        *("patterns", "selectors", "plan", "backends", "hf"),
+        *("evaluate", "calibrate", "analyze", "train", "documents"),
+    },
 }
-MEET_TRANSFORMERS = {"hf", "evaluate", "calibrate", "train", "cli"}
+MEET_TRANSFORMERS = {"hf", "evaluate", "calibrate", "analyze", "train", "cli"}
 JOIN_BACKENDS = {"__init__", "choose"}  # files of backends/ that may know several backends
 
 

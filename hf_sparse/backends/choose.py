@@ -8,18 +8,19 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..plan.constraint import Constraint
 from ..plan.plan import HeadPlan, Plan, make_plan
 from ..plan.segments import Segments
-from ..selectors import Selection, divided
+from ..selectors import AnySelection, Selection, divided
 from . import cuda_flash, flex
 from .call import Call, CallRecord, Inputs, is_recording, record
 from .checks import check_tensors, one_dtype
+from .dense import dense_attention, is_dense
+from .foreseen import foreseen
 from .pieces import View, operator, torch_attention
 from .reference import reference_attention
-from .selected import Selected, check_selector, count_selected, select_all, selected_of
+from .selected import Selected, check_selector, count_selected, counts_pairs, select_all, selected_of
 from .sequences import by_sequence
 from .table import order
 
@@ -50,7 +51,7 @@ def attend(
     backend: str = "auto",
     far: tuple[Tensor, Tensor] | None = None,
     sinks: Tensor | None = None,
-    selections: Sequence[Selection | None] | None = None,
+    selections: Sequence[AnySelection | None] | None = None,
 ) -> Tensor:
     """Return the attention of `query` over what the call's pattern and constraint allow.
 
@@ -99,7 +100,8 @@ def attend(
     )
     width = max(query.shape[-1], value.shape[-1])
     inputs = Inputs(query.device, query.dtype, width, gradients, sinks is not None, selected is not None)
-    choice = choose(call, inputs, segments, near_plans, q_len, backend)
+    chosen = None if selected is None else [None if own is None else own.selection for own in selected]
+    choice = choose(call, inputs, segments, near_plans, q_len, backend, chosen)
     if choice.backend == "reference":
         out = reference_attention(query, key, value, call, segments, far, sinks, selected)
     else:
@@ -138,8 +140,11 @@ def choose(
     plans: list[Plan | None],
     q_len: int,
     backend: str = "auto",
+    selections: Sequence[AnySelection | None] | None = None,
 ) -> Choice:
     """Return what computes a call of `q_len` queries.
+
+    selections: where `inputs.selected`, what is read of each sequence.
 
     Raises:
         ValueError: `backend` is no backend, or cannot run this call; the message has every reason.
@@ -152,21 +157,21 @@ def choose(
     if (
         backend == "auto"
         and not (inputs.sinks or inputs.selected)
-        and _is_dense(call, segments, plans, q_len, device)
+        and is_dense(call, segments, plans, q_len, device)
     ):
         return Choice("torch", "dense")
     if backend == "auto":
         queries = max((plan.q_len for plan in plans if plan is not None), default=0)
         wanted = order(device, str(inputs.dtype).removeprefix("torch."), queries)
-        backend = next(name for name in wanted if not _reasons(name, call, inputs, plans))
-    elif reasons := _reasons(backend, call, inputs, plans):
+        backend = next(name for name in wanted if not _reasons(name, call, inputs, plans, selections))
+    elif reasons := _reasons(backend, call, inputs, plans, selections):
         raise ValueError(
             f"backend={backend!r} cannot run this call: {'; '.join(reasons)}; "
             f"use backend='auto' to let hf_sparse choose"
         )
     return Choice(
         backend,
-        operator(call, inputs.device, plans if q_len == 1 else None)
+        operator(call, inputs.device, plans if q_len == 1 and not counts_pairs(selections) else None)
         if backend == "torch"
         else _OPERATORS[backend],
     )
@@ -184,19 +189,27 @@ def preview(call: Call, inputs: Inputs, *, heads: int, length: int, backend: str
         check_selector(call, None, division.selector)
         inputs = replace(inputs, selected=True)
     plans, _ = _divided(replace(call, pattern=division.static), segments, heads, length)
-    return choose(call, inputs, segments, plans, length, backend)
+    selections = foreseen(division.selector, heads, length)
+    return choose(call, inputs, segments, plans, length, backend, selections)
 
 
-def _reasons(backend: str, call: Call, inputs: Inputs, plans: list[Plan | None]) -> list[str]:
+def _reasons(
+    backend: str,
+    call: Call,
+    inputs: Inputs,
+    plans: list[Plan | None],
+    selections: Sequence[AnySelection | None] | None,
+) -> list[str]:
     """Return why a backend cannot run a call; nothing where it can."""
     if backend not in _OPERATORS:
         return []
     if call.near is not None:
         return ["far pairs need two queries and two keys per call"]
+    if backend == "flex":
+        return flex.unsupported(call, inputs, plans, selections)
     if inputs.selected:
         return ["it reads no selected blocks"]
-    supported = flex if backend == "flex" else cuda_flash
-    return supported.unsupported(call, inputs, plans)
+    return cuda_flash.unsupported(call, inputs, plans)
 
 
 def _compute(
@@ -210,14 +223,17 @@ def _compute(
 ) -> Tensor:
     query, key, plans = views[0]
     if choice.operator == "dense":
-        return _dense(query, key, value, call)
+        return dense_attention(query, key, value, call)
     if choice.backend == "torch":
         return torch_attention(views, value, call, segments, sinks, selected)
 
-    def run_group(q: Tensor, k: Tensor, v: Tensor, plan: Plan, group: HeadPlan) -> Tensor:
+    def run_group(q: Tensor, k: Tensor, v: Tensor, plan: Plan, group: HeadPlan, number: int) -> Tensor:
         if choice.backend == "flex":
             own = None if sinks is None else sinks[list(group.heads)]
-            return flex.flex_attention(q, k, v, call, plan, group, own)
+            chosen = None if selected is None else selected[number]
+            selection = None if chosen is None else chosen.selection
+            assert selection is None or isinstance(selection, Selection), "of others flex has reasons"
+            return flex.flex_attention(q, k, v, call, plan, group, own, selection)
         return cuda_flash.flash_attention(q, k, v, call, plan, group)
 
     out = by_sequence(run_group, query, key, value, segments, plans)
@@ -266,27 +282,3 @@ def _sequence_plans(
         plans.append(plan)
     segments.memo[known] = plans
     return plans
-
-
-def _is_dense(call: Call, segments: Segments, plans: list[Plan | None], q_len: int, device: str) -> bool:
-    """True when the plan holds every pair of plain attention, and PyTorch has an operator for it."""
-    plan = plans[0] if segments.is_whole else None
-    if plan is None or call.softcap is not None or (call.dropout and device == "cpu"):
-        return False
-    k_len = segments.k_len
-    if not call.constraint.causal or q_len == 1:
-        return plan.pairs == q_len * k_len
-    return q_len == k_len and plan.pairs == q_len * (q_len + 1) // 2
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-    """The same attention by PyTorch's own dense operator, where nothing is sparse about the call."""
-    return scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=call.dropout,
-        is_causal=call.constraint.causal and query.shape[2] > 1,
-        scale=call.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )

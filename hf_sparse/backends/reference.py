@@ -77,14 +77,22 @@ def reference_attention(
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     allowed = allowed_pairs(call, segments, query.shape[1], query.shape[2]).to(query.device)
+    extra: Tensor | None = None  # added to the scores of selected pairs
     for segment, chosen in zip(segments.entries, selected or (), strict=False):
         if chosen is not None:
             at = segment.queries(query.shape[2], segments.k_len)
-            pairs = chosen.mask(query.shape[1])
+            pairs, bias = chosen.mask(query.shape[1]), chosen.bias(query.shape[1])
+            if bias is not None and extra is None:
+                extra = torch.zeros_like(scores)
             for row in range(segment.rows.start, segment.rows.stop):
                 slots = torch.arange(segments.k_len, device=query.device)[segment.slots]
                 queries = torch.arange(query.shape[2], device=query.device)[at]
-                allowed[row, :, queries[:, None], slots] |= pairs[row - segment.rows.start]
+                own = pairs[row - segment.rows.start]
+                if extra is not None and bias is not None:
+                    fresh = own & ~allowed[row, :, queries[:, None], slots]
+                    extra[row, :, queries[:, None], slots] = bias[row - segment.rows.start].to(dtype) * fresh
+                allowed[row, :, queries[:, None], slots] |= own
+    scores = scores if extra is None else scores + extra
     # Rows with no key: give softmax something finite, then zero the row, so that no NaN reaches the gradient.
     scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     if sinks is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,13 @@ from torch import Tensor
 from ..patterns.base import Context, Pattern
 from ..plan.constraint import Constraint
 from ..plan.segments import Segments
-from ..selectors import Division, Index, Selection, Selector
+from ..selectors import AnySelection, BucketSelection, Division, Index, Selection, Selector
+from ..selectors.buckets import BucketTiles
 from .call import Call, CallRecord
+
+ALONE = (
+    -1e5
+)  # added to the score of a token with itself that is to be read only if nothing else is, as in Reformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +32,24 @@ class Selected:
     context: what `others` is told.
     """
 
-    selection: Selection
+    selection: AnySelection
     begin: int
     end: int
     first: int
     others: Pattern | None
     constraint: Constraint
     context: Context
+
+    @property
+    def device(self) -> torch.device:
+        own = self.selection
+        return own.key.device if isinstance(own, BucketSelection) else own.lists.device
+
+    @property
+    def listed(self) -> Selection:
+        """What was selected, of a selector that lists blocks."""
+        assert isinstance(self.selection, Selection)
+        return self.selection
 
     @property
     def is_masked(self) -> bool:
@@ -53,7 +69,7 @@ class Selected:
 
         query: int64 [Q], positions of the queries asked about; None for all of the call.
         """
-        device = self.selection.lists.device
+        device = self.device
         query = torch.arange(self.begin, self.end, device=device) if query is None else query
         key = torch.arange(self.first, self.end, device=device)
         pairs = self.selection.mask(heads, query, key)
@@ -62,9 +78,22 @@ class Selected:
         head = torch.arange(heads, device=device)[:, None, None]
         return pairs & self.counts(head, query[:, None], key)
 
+    def bias(self, heads: int) -> Tensor | None:
+        """Return what is added to the scores [R, H, Q, K] of pairs that count; None for nothing. For the reference."""
+        if not isinstance(self.selection, BucketSelection) or not self.selection.is_counted:
+            return None
+        query = torch.arange(self.begin, self.end, device=self.selection.key.device)
+        key = torch.arange(self.first, self.end, device=query.device)
+        found = self.selection.counts(heads, query, key).clamp(min=1).double().log()
+        return found + ALONE * (query[:, None] == key)
+
     def pairs(self, heads: int) -> int:
         """Return the pairs that count, over all rows and heads; waits for the device."""
-        own = self.selection
+        if isinstance(self.selection, BucketSelection):
+            return self._pairs_in_buckets(self.selection, heads)
+        return self._pairs_of_lists(self.selection, heads)
+
+    def _pairs_of_lists(self, own: Selection, heads: int) -> int:
         rows, groups, blocks, most = own.lists.shape
         shared, total = heads // groups, 0
         for number in range(blocks if most else 0):
@@ -80,6 +109,20 @@ class Selected:
             total += int(pair.expand(rows, groups, shared, stop - first, -1).sum())
         return total
 
+    def _pairs_in_buckets(self, own: BucketSelection, heads: int) -> int:
+        shared, total = heads // own.key.shape[1], 0
+        for row in range(len(own.key)):
+            for head in range(heads):
+                for tiles in own.tiles(row, head, head // shared):
+                    total += int(self.pairs_of(tiles, head).sum())
+        return total
+
+    def pairs_of(self, tiles: BucketTiles, head: int) -> Tensor:
+        """Return the pairs of tiles that count, bool [T, C, S]."""
+        query, key = tiles.query[:, :, None] + self.begin, tiles.key[:, None]
+        number = torch.full((), head, device=query.device)
+        return tiles.pairs & (key >= self.first) & self.counts(number, query, key)
+
 
 def select_all(
     selector: Selector,
@@ -88,7 +131,7 @@ def select_all(
     segments: Segments,
     constraint: Constraint,
     indexes: Sequence[Index[Any]] | None = None,
-) -> list[Selection | None]:
+) -> list[AnySelection | None]:
     """Return what each sequence of a batch selects; None for one without queries.
 
     Args:
@@ -97,7 +140,7 @@ def select_all(
     Raises:
         ValueError: earlier tokens without an index.
     """
-    found: list[Selection | None] = []
+    found: list[AnySelection | None] = []
     q_len, k_len = query.shape[2], key.shape[2]
     for number, segment in enumerate(segments.entries):
         if not segment.queries_in(q_len, k_len):
@@ -114,7 +157,7 @@ def selected_of(
     division: Division,
     call: Call,
     segments: Segments,
-    selections: Sequence[Selection | None],
+    selections: Sequence[AnySelection | None],
     heads: int,
     q_len: int,
 ) -> list[Selected | None] | None:
@@ -124,7 +167,7 @@ def selected_of(
     """
     made: list[Selected | None] = []
     for segment, selection in zip(segments.entries, selections, strict=True):
-        if selection is None or not selection.lists.shape[3]:
+        if selection is None or selection.is_empty:
             made.append(None)
             continue
         others = division.others
@@ -138,6 +181,11 @@ def selected_of(
         begin = segment.end - segment.queries_in(q_len, segments.k_len)
         made.append(Selected(selection, begin, segment.end, segment.first, others, call.constraint, context))
     return made if any(made) else None
+
+
+def counts_pairs(selections: Iterable[AnySelection | None] | None) -> bool:
+    """True where pairs may count more than once, and a token itself less, which the step of one query does not do."""
+    return any(isinstance(own, BucketSelection) and own.is_counted for own in selections or ())
 
 
 def count_selected(made: CallRecord, selected: Sequence[Selected | None] | None, heads: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..plan.plan import HeadPlan, Plan
 from ..plan.segments import Segments
 
-RunGroup = Callable[[Tensor, Tensor, Tensor, Plan, HeadPlan], Tensor]
+RunGroup = Callable[[Tensor, Tensor, Tensor, Plan, HeadPlan, int], Tensor]
 
 
 def by_sequence(
@@ -20,28 +20,30 @@ def by_sequence(
     """Return the attention [B, H, Q, Dv] of a batch, differentiable where `run` is; padding gives 0.
 
     Args:
-        run: called with query [b, h, q, D], key [b, h_kv, k, D], value [b, h_kv, k, Dv], the plan of the sequence and
-            that of the heads; h is a multiple of h_kv.
+        run: called with query [b, h, q, D], key [b, h_kv, k, D], value [b, h_kv, k, Dv], the plan of the sequence, that
+            of the heads, and the number of the sequence; h is a multiple of h_kv.
     """
     if segments.is_whole:
         assert plans[0] is not None
-        return _by_heads(run, query, key, value, plans[0])
+        return _by_heads(run, query, key, value, plans[0], 0)
     batch, heads, q_len, _ = query.shape
     out = query.new_zeros(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
     # Part of the graph, also where every row is padding: the sums are over nothing.
     out = out + query[..., :0].sum() + key[..., :0].sum() + value[..., :0].sum()
-    for segment, plan in zip(segments.entries, plans, strict=True):
+    for number, (segment, plan) in enumerate(zip(segments.entries, plans, strict=True)):
         if plan is not None:
             rows, slots = segment.rows, segment.slots
             at = segment.queries(q_len, key.shape[2])
-            part = _by_heads(run, query[rows, :, at], key[rows, :, slots], value[rows, :, slots], plan)
+            part = _by_heads(
+                run, query[rows, :, at], key[rows, :, slots], value[rows, :, slots], plan, number
+            )
             out[rows, :, at] = part
     return out
 
 
-def _by_heads(run: RunGroup, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> Tensor:
+def _by_heads(run: RunGroup, query: Tensor, key: Tensor, value: Tensor, plan: Plan, number: int) -> Tensor:
     if len(plan.groups) == 1:
-        return run(query, key, value, plan, plan.groups[0])
+        return run(query, key, value, plan, plan.groups[0], number)
     shared = query.shape[1] // key.shape[1]
     parts = []
     for group in plan.groups:
@@ -50,7 +52,7 @@ def _by_heads(run: RunGroup, query: Tensor, key: Tensor, value: Tensor, plan: Pl
         if read == [head for head in distinct for _ in range(len(read) // len(distinct))]:
             read = distinct  # the same number of query heads for each key head
         q, k, v = _heads(query, list(group.heads)), _heads(key, read), _heads(value, read)
-        parts.append(run(q, k, v, plan, group))
+        parts.append(run(q, k, v, plan, group, number))
     order = np.argsort([head for group in plan.groups for head in group.heads])
     return _heads(torch.cat(parts, 1), order.tolist())
 

@@ -128,7 +128,7 @@ def calibrate(
     head, base = ChunkedHead(model, head_chunk), base_of(model)
     units = units_of(base, unit)
     if tokenizer is None:
-        tokenizer = load_tokenizer(_source(base))
+        tokenizer = load_tokenizer(source_of(base))
     windows = windows_of(head, tokenizer, texts, length=length, samples=samples, seed=seed)
     tokens = windows.length if tokens is None else tokens
     given = default_candidates(windows.length) if candidates is None else candidates
@@ -236,7 +236,7 @@ def _announcement(units: Units, windows: Windows, candidates: Sequence[Pattern],
     )
 
 
-def _source(base: Any) -> str:
+def source_of(base: Any) -> str:
     """Return where the model was loaded from; raise ValueError where it does not say."""
     source = getattr(base.config, "_name_or_path", "")
     if not source:

@@ -1,4 +1,4 @@
-"""The command line: hf-sparse adapt, calibrate, compare, eval, generate, lm-eval, merge, patterns, probe, show."""
+"""The command line: hf-sparse adapt, analyze, calibrate, compare, eval, generate, lm-eval, merge, patterns, ..."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Each command is a module with add_arguments(parser) and run(args), imported when it is asked for.
 COMMANDS = {
     "adapt": "train a LoRA adapter that recovers what a pattern costs, and save it with the pattern",
+    "analyze": "measure how much attention mass each pattern keeps in every head, and say which one each head wants",
     "calibrate": "measure which layers and heads need the distance, give the rest a window, and write the pattern",
     "compare": "hold results of evaluations against each other, with intervals where they scored the same tokens",
     "eval": "measure the perplexity of a model, dense and with sparse patterns, on the same tokens",

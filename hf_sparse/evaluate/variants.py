@@ -16,6 +16,7 @@ from ..backends import check_backend
 from ..hf import SparseSettings, patched, settings, settings_to_json, unpatched
 from ..hf.pattern_file import settings_of
 from ..patterns import Pattern
+from ..selectors import refuse_looking_ahead
 from .counting import Counted
 
 _SAMPLE = 64  # values of each weight that go into its fingerprint
@@ -62,7 +63,8 @@ def chosen_variants(
     Without `dense` there are only the patterns. Settings that leave their backend open get `backend`.
 
     Raises:
-        ValueError: an unknown pattern or backend, a pattern given twice, or adapters asked of a model that has none.
+        ValueError: an unknown pattern or backend, a pattern given twice or one that looks ahead, or adapters asked of a
+            model that has none.
     """
     check_backend(backend)
     has_adapter = hasattr(model, "disable_adapter")
@@ -74,6 +76,8 @@ def chosen_variants(
     sparse = [
         replace(setting, backend=backend) if setting.backend == "auto" else setting for setting in sparse
     ]
+    for setting in sparse:
+        refuse_looking_ahead(setting.pattern, "not for a measure that tokens to come must not help")
     if not dense and (control or not sparse):
         raise ValueError(
             "without dense attention there is nothing to measure; name a pattern."

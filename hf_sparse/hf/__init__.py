@@ -5,6 +5,8 @@ from .adapters import load_adapter
 from .describe import describe
 from .extension import extend_positions, position_tables
 from .generation import make_cache
+from .held_mass import hold_mass
+from .kept_mass import monitored
 from .loading import read_sidecar
 from .mask import SparseMask
 from .patch import patch_model, patched, unpatch_model, unpatched
@@ -23,10 +25,12 @@ __all__ = [
     "describe",
     "extend_positions",
     "hold_heads",
+    "hold_mass",
     "load",
     "load_adapter",
     "load_pattern",
     "make_cache",
+    "monitored",
     "patch_model",
     "patched",
     "position_tables",

@@ -95,7 +95,7 @@ def sparse_attention(
     sinks = sinks_of_call(module, query, mask.settings, layer, own_sinks, is_dense=is_dense, trial=trial)
     if parts is None:
         backend = mask.settings.backend
-        selections = selections_of(mask, call, query, key, segments)
+        selections = selections_of(module, mask, call, query, key, segments, trial)
         asked = AttentionCall(module, query, key, value, call, segments, backend, far, sinks, selections)
         out = asked.attend() if compute is None else compute(asked)
     elif compute is None:

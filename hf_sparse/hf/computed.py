@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..backends import Call, attend
 from ..patterns import Pattern, get_pattern
 from ..plan import Segments
-from ..selectors import Selection
+from ..selectors import AnySelection
 
 _FULL = get_pattern("full")
 _COMPUTE = "_hf_sparse_compute"  # what a module's attention is computed by, and whether it is dense
@@ -38,7 +38,7 @@ class AttentionCall:
     backend: str
     far: tuple[Tensor, Tensor] | None = None
     sinks: Tensor | None = None
-    selections: Sequence[Selection | None] | None = None
+    selections: Sequence[AnySelection | None] | None = None
 
     def attend(self) -> Tensor:
         """Return the attention, [B, H, Q, Dv]."""

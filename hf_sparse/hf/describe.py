@@ -13,6 +13,8 @@ from ..patterns import Pattern
 from ..patterns.base import short
 from ..plan import Constraint, Cost, cost
 from .active import is_switched, settings, unwrap
+from .held_mass import held_settings
+from .kept_mass import reports
 from .kv_bytes import kv_bytes
 from .learned_sinks import sinks
 from .native import head_size, key_heads, layer_constraint, native_window
@@ -38,7 +40,7 @@ def describe(model: nn.Module, seq_len: int | None = None) -> str:
                 f"attention implementation is set; call hf_sparse.patch_model, or load it with hf_sparse.load"
             )
         return "\n".join(lines)
-    current = settings(base)
+    current = held_settings(base) or settings(base)
     assert current is not None
     routed, length = attention_layers(config), _length(config, seq_len)
     costs = {layer: _layer_cost(base, config, current, layer, length) for layer in routed}
@@ -61,6 +63,7 @@ def describe(model: nn.Module, seq_len: int | None = None) -> str:
         size = next(base.parameters()).element_size()
         held = kv_bytes(current, config, length, dtype_bytes=size, room=False)
         lines.append(f"cache     holds {held / 2**20:.3g} MiB of keys and values after {length:,} tokens")
+    lines += reports(base)
     return "\n".join(lines)
 
 

@@ -4,34 +4,51 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import Call
 from ..backends.selected import select_all
 from ..plan import Segments
-from ..selectors import Selection, divided
+from ..selectors import AnySelection, refuse_looking_ahead
+from .budgets import selector_of, under_budget
 from .mask import SparseMask
 
 
 def selections_of(
-    mask: SparseMask, call: Call, query: Tensor, key: Tensor, segments: Segments
-) -> list[Selection | None] | None:
+    module: nn.Module,
+    mask: SparseMask,
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    segments: Segments,
+    trial: bool,
+) -> list[AnySelection | None] | None:
     """Return what each sequence of a call selects; None for a pattern that does not look at content.
 
     Layers that share a selection find that of the lowest of them in the memo of the forward pass.
 
     Args:
         query: [B, H, Q, D]; key: [B, H_kv, K, D], all keys of the sequences.
+        trial: nothing of this pass is kept.
     Raises:
-        ValueError: the cache holds tokens that no summaries were made of.
+        ValueError: the cache holds tokens that no summaries were made of; the pattern looks ahead and this is not the
+            prompt of a generation.
     """
-    selector = divided(call.pattern, call.layer).selector
+    selector = selector_of(call.pattern, call.layer)
     if selector is None:
         return None
     known = ("selections", call.layer // selector.reuse)
     if selector.reuse > 1 and known in mask.memo:
-        return cast(list[Selection | None], mask.memo[known])
+        return cast(list[AnySelection | None], mask.memo[known])
+    if not trial and (mask.indexes is None or module.training):
+        what = (
+            "not for training" if module.training else "not for a text without a cache (hf_sparse.make_cache)"
+        )
+        refuse_looking_ahead(selector, what)
+    selector = under_budget(module, call.layer, selector, mask.memo)
     indexes = None if mask.indexes is None else mask.indexes(call.layer, selector, segments)
+    for index in indexes or ():
+        index.selector = selector  # whose budget may have been another before
     found = select_all(selector, query, key, segments, call.constraint, indexes)
     if selector.reuse > 1:
         mask.memo[known] = found

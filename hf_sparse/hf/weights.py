@@ -11,7 +11,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from ..backends import Call, attend
 from ..plan import Segments
-from ..selectors import Selection
+from ..selectors import AnySelection
 from .global_projections import projecting
 from .ragged_layer import HeldHeads
 
@@ -31,7 +31,7 @@ def attention_weights(
     buffer: int,
     far: tuple[Tensor, Tensor] | None,
     sinks: Tensor | None,
-    selections: Sequence[Selection | None] | None = None,
+    selections: Sequence[AnySelection | None] | None = None,
 ) -> Tensor:
     """Return the attention weights [B, H, Q, K] without dropout, 0 for key slots not yet filled.
 

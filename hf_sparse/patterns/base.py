@@ -53,6 +53,7 @@ class Pattern:
 
     name: ClassVar[str] = ""  # set by register_pattern
     by_content: ClassVar[bool] = False  # queries and keys decide what is read; see `hf_sparse.selectors`
+    sees_itself: ClassVar[bool] = True  # False only where what is selected beside it holds the token itself
 
     @property
     def members(self) -> tuple[Pattern, ...]:

@@ -40,13 +40,13 @@ class Constraint:
         )
 
     def allowed(self, pattern: Pattern, context: Context, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Return what the pattern and this constraint allow together; every token sees itself.
+        """Return what the pattern and this constraint allow together; every token sees itself, but where it says not.
 
         Args:
             head, query, key: indices and positions, int64, broadcastable with one another.
         """
         own = pattern.allows(context, head, query, key)
-        return (own | (query == key)) & self.admits(query, key)
+        return (own | (query == key) if pattern.sees_itself else own) & self.admits(query, key)
 
     def admits(self, query: Tensor, key: Tensor) -> Tensor:
         """Return what this constraint alone allows, for positions that broadcast with each other."""

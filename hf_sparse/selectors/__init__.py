@@ -8,11 +8,22 @@ import pkgutil
 
 from .base import Selector
 from .block_index import BlockIndex
+from .buckets import BucketSelection
 from .index import Index
-from .selection import Selection
-from .split import Division, divided
+from .selection import AnySelection, Selection
+from .split import Division, divided, refuse_looking_ahead
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["BlockIndex", "Division", "Index", "Selection", "Selector", "divided"]
+__all__ = [
+    "AnySelection",
+    "BlockIndex",
+    "BucketSelection",
+    "Division",
+    "Index",
+    "Selection",
+    "Selector",
+    "divided",
+    "refuse_looking_ahead",
+]

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..patterns.parts import Bound
 from .block_selector import BlockSelector
 from .choose import QueryBlocks, candidates
 from .list_index import ListIndex, joined_lists, part_of
+from .room import appended
 
 _SCORES = 2**24  # scores computed at a time
 
@@ -23,7 +25,9 @@ class BlockIndex(ListIndex[BlockSelector]):
         self._summaries: Tensor | None = None  # [R, H_kv, room, ...], the first `_count` filled
         self._count = 0
 
-    def _lists(self, query: Tensor, key: Tensor, blocks: QueryBlocks, first: int) -> Tensor:
+    def _lists(
+        self, query: Tensor, key: Tensor, blocks: QueryBlocks, first: int, starts: tuple[Bound, ...]
+    ) -> Tensor:
         selector, begin = self.selector, first + key.shape[2] - query.shape[2]
         self._summarise(query, key, first)
         seen = int(blocks.high.max(initial=0))
@@ -60,12 +64,7 @@ class BlockIndex(ListIndex[BlockSelector]):
         new = new.to(query.dtype).unflatten(2, (-1, size))
         last = (before + 1) * size - 1 - (end - query.shape[2])
         found = self.selector.summarise(new, query[:, :, last::size][:, :, : count - before])
-        if self._summaries is None or count > self._summaries.shape[2]:
-            room = found.new_empty((*found.shape[:2], _room(count, before), *found.shape[3:]))
-            if self._summaries is not None:
-                room[:, :, :before] = self._summaries[:, :, :before]
-            self._summaries = room
-        self._summaries[:, :, before:count] = found
+        self._summaries = appended(self._summaries, before, found)
         self._count = count
 
     def _take_back(self, length: int) -> None:
@@ -76,8 +75,3 @@ class BlockIndex(ListIndex[BlockSelector]):
         if name == "_summaries":
             return [x[:, :, : self._count] for x in parts]
         return super()._alike(name, parts)
-
-
-def _room(count: int, before: int) -> int:
-    """Return for how many blocks to make room: as many as there are, and half again where more have come before."""
-    return count if not before else count + count // 2

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..patterns.parts import Bound
 from .choose import QueryBlocks, candidates
 from .index import TAKEN_BACK
 from .list_index import ListIndex, joined_lists, part_of
@@ -26,14 +27,16 @@ class EstimateIndex(ListIndex[VerticalSlash]):
         self._estimates: Tensor | None = None
         self._since: tuple[int, ...] = ()  # the first position that each serves
 
-    def _lists(self, query: Tensor, key: Tensor, blocks: QueryBlocks, first: int) -> Tensor:
+    def _lists(
+        self, query: Tensor, key: Tensor, blocks: QueryBlocks, first: int, starts: tuple[Bound, ...]
+    ) -> Tensor:
         end = first + key.shape[2]
         begin = end - query.shape[2]
         if self.selector.looks_ahead and not begin:
-            self._add(self._estimate(query, key, end - 1, first), 0)
+            self._add(self._estimate(query, key, end - 1, first, starts), 0)
         else:
             for at in self.selector.estimated_at(begin, end):
-                self._add(self._estimate(query, key, at, first), at)
+                self._add(self._estimate(query, key, at, first, starts), at)
         parts = [query.new_full((query.shape[0], 1, 0, 0), -1, dtype=torch.int64)]
         bounds = np.searchsorted(blocks.asks, self._since).tolist()
         for number, (start, stop) in enumerate(zip(bounds, [*bounds[1:], len(blocks)], strict=True)):
@@ -43,20 +46,26 @@ class EstimateIndex(ListIndex[VerticalSlash]):
         self._estimates, self._since = self._estimates[:, :, -kept:].clone(), self._since[-kept:]
         return joined_lists(parts)
 
-    def _estimate(self, query: Tensor, key: Tensor, at: int, first: int) -> Tensor:
-        """Return the weight of each column and diagonal by the last queries up to position `at`, [R, H_kv, 2, n]."""
+    def _estimate(self, query: Tensor, key: Tensor, at: int, first: int, starts: tuple[Bound, ...]) -> Tensor:
+        """Return the weight of each column and diagonal by the last queries up to position `at`, [R, H_kv, 2, n].
+
+        They look at the keys that the last of them may see, so that a cache may have dropped the others.
+        """
         selector, begin = self.selector, first + key.shape[2] - query.shape[2]
         asked = self._asking(query, np.array([at]), begin, 1)[:, :, 0]
         asked = asked[:, :, -min(selector.looks_back, at + 1) :] * query.shape[3] ** -0.5
         size, count = selector.block, at // selector.block + 1
         position = torch.arange(at + 1 - asked.shape[2], at + 1, device=key.device)
-        unseen = torch.arange(first, at + 1, device=key.device) > position[:, None]
+        low = max([first, *(int(start.at(np.array([at]))[0]) for start in starts)])
+        unseen = torch.arange(low, at + 1, device=key.device) > position[:, None]
         distance = (position // size)[:, None] - torch.arange(count, device=key.device)
-        around = (first, count * size - at - 1)
+        around = (low, count * size - at - 1)
+        blind = position < low
         found = []
         for head, own in enumerate(asked.unflatten(1, (key.shape[1], -1)).unbind(1)):
-            scores = own @ key[:, head, None, : at + 1 - first].to(own.dtype).mT
-            weights = scores.masked_fill_(unseen, float("-inf")).softmax(-1).mean(1)  # [R, W, K]
+            scores = own @ key[:, head, None, low - first : at + 1 - first].to(own.dtype).mT
+            scores.masked_fill_(unseen, float("-inf")).masked_fill_(blind[:, None], 0.0)
+            weights = scores.softmax(-1).mean(1).masked_fill_(blind[:, None], 0.0)  # [R, W, K]
             mass = pad(weights, around).unflatten(2, (count, size)).sum(3)  # [R, W, n]
             diagonals = mass.new_zeros((len(mass), count))
             diagonals.index_add_(1, distance.clamp(min=0).flatten(), mass.flatten(1))

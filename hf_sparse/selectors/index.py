@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..patterns.parts import Bound
 from .base import Selector
-from .selection import Selection
+from .selection import AnySelection
 
 TAKEN_BACK = 64  # tokens that can be taken back, as assisted generation does
 
@@ -36,7 +36,9 @@ class Index(ABC, Generic[S]):
         self.length = 0
 
     @torch.no_grad()
-    def select(self, query: Tensor, key: Tensor, first: int = 0, starts: tuple[Bound, ...] = ()) -> Selection:
+    def select(
+        self, query: Tensor, key: Tensor, first: int = 0, starts: tuple[Bound, ...] = ()
+    ) -> AnySelection:
         """Return what new causal queries read.
 
         Args:
@@ -94,7 +96,7 @@ class Index(ABC, Generic[S]):
         return sum(x.untyped_storage().nbytes() for x in held if x is not None)
 
     @abstractmethod
-    def _select(self, query: Tensor, key: Tensor, first: int, starts: tuple[Bound, ...]) -> Selection:
+    def _select(self, query: Tensor, key: Tensor, first: int, starts: tuple[Bound, ...]) -> AnySelection:
         """Return what the queries, in float32 at least, read, and keep what later ones need; `length` is as before."""
 
     @abstractmethod

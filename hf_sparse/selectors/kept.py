@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,3 +33,16 @@ class KeptBlocks(Pattern):
         stop = Bound(self.block + self.before, mul=self.block, div=self.block)
         near = Part(Every(), start=start, stop=stop)
         return [near, Part(Every(), stop=Bound.fixed(self.sinks))] if self.sinks else [near]
+
+
+@dataclass(frozen=True)
+class Nothing(Pattern):
+    """No pair at all, of what reads nothing but what is selected. Made for a call, never saved."""
+
+    sees_itself: ClassVar[bool] = False
+
+    def allows(self, context: Context, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query != query) & (key != key)
+
+    def parts(self, context: Context) -> Sequence[Part]:
+        return []

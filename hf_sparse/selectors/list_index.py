@@ -38,12 +38,15 @@ class ListIndex(Index[S]):
         return 0 if self._lists_held is None else self._lists_held.shape[0]
 
     @abstractmethod
-    def _lists(self, query: Tensor, key: Tensor, blocks: QueryBlocks, first: int) -> Tensor:
+    def _lists(
+        self, query: Tensor, key: Tensor, blocks: QueryBlocks, first: int, starts: tuple[Bound, ...]
+    ) -> Tensor:
         """Return what blocks of queries read, [R, G, J, m], -1 behind the last one of a list.
 
         Args:
             query: [R, H, Q, D], the new ones, among them the first of each block.
             key: [R, H_kv, K, D], of all positions from `first` on, the last Q those of the queries.
+            starts: before which the model itself lets a query see nothing.
         """
 
     def _select(self, query: Tensor, key: Tensor, first: int, starts: tuple[Bound, ...]) -> Selection:
@@ -51,7 +54,7 @@ class ListIndex(Index[S]):
         begin = end - query.shape[2]
         blocks = query_blocks(selector, begin, end, starts)
         opened = 1 if begin % selector.queries else 0
-        lists = self._lists(query, key, part_of(blocks, opened, len(blocks)), first)
+        lists = self._lists(query, key, part_of(blocks, opened, len(blocks)), first, starts)
         counts = blocks.counts
         if opened:
             place = begin // selector.queries - self._first_held

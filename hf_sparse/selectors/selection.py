@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .buckets import BucketSelection
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -28,6 +30,11 @@ class Selection:
     lists: Tensor
     counts: np.ndarray
     exact: bool = True
+
+    @property
+    def is_empty(self) -> bool:
+        """True where nothing is selected."""
+        return not self.lists.shape[3]
 
     def rows(self, start: int, stop: int, begin: int, end: int) -> tuple[int, int]:
         """Return the first and one past the last query index of blocks start .. stop, for queries begin .. end."""
@@ -51,3 +58,6 @@ class Selection:
             is_read = (self.lists >= 0) & (self.lists < last)
             read.scatter_(3, torch.where(is_read, self.lists, last), True)
         return read[:, :, number][..., key].repeat_interleave(heads // own, 1)
+
+
+AnySelection = Selection | BucketSelection

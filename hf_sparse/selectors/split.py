@@ -15,8 +15,8 @@ from .base import Selector
 class Division(NamedTuple):
     """What one layer reads: the pairs of a static pattern, and the blocks that a selector chooses besides.
 
-    others: what a query reads by position beside the selector's own kept blocks; selected blocks may lie among it. None
-        where there is nothing.
+    others: what a query reads by position and the selector may select too, which then does not count twice: of a
+        selector that never selects what it keeps, what is beside that. None where there is nothing.
     """
 
     static: Pattern
@@ -53,7 +53,19 @@ def divided(pattern: Pattern, layer: int) -> Division:
             f"a layer can have one content-based pattern, got {' and '.join(map(str, selectors))}; leave one out"
         )
     (selector,) = selectors
-    if not others:
-        return Division(selector.kept, selector)
-    rest = others[0] if len(others) == 1 else Union.of(*others)
-    return Division(Union.of(selector.kept, *others), selector, rest)
+    static = Union.of(selector.kept, *others) if others else selector.kept
+    if not selector.keeps_apart:
+        return Division(static, selector, static)
+    rest = others[0] if len(others) == 1 else Union.of(*others) if others else None
+    return Division(static, selector, rest)
+
+
+def refuse_looking_ahead(pattern: Pattern, what: str) -> None:
+    """Raise ValueError where later tokens would decide what earlier ones read, which `what` must not have."""
+    for member in pattern.members:
+        refuse_looking_ahead(member, what)
+    if isinstance(pattern, Selector) and pattern.looks_ahead:
+        raise ValueError(
+            f"selection='prompt' lets later tokens of a text decide what earlier ones read, so {pattern} is for the "
+            f"prompt of a generation and {what}; use selection='causal'"
+        )

@@ -14,6 +14,8 @@ from ..hf.describe import is_causal
 from ..hf.extension import extend_positions, readable_tokens
 from ..hf.loading import language_model_class, load_base, load_tokenizer, read_config
 from ..hf.sources import check_source, is_adapter
+from ..hf.stored_settings import SparseSettings
+from ..selectors import refuse_looking_ahead
 from .config.model import ModelArguments
 
 
@@ -38,6 +40,9 @@ def load_patched(arguments: ModelArguments, length: int) -> tuple[Any, Any]:
             f"model={arguments.model} is an encoder-decoder ({config.model_type}), which this objective does not "
             "train; give a causal language model, or an encoder with a head for masked words."
         )
+    chosen = arguments.chosen_pattern()
+    pattern = chosen.pattern if isinstance(chosen, SparseSettings) else chosen
+    refuse_looking_ahead(pattern, "not for training")
     tokenizer = load_tokenizer(name)
     model = load_base(name, language_model_class(config), dtype=getattr(torch, arguments.dtype))
     if not is_causal(model) and not is_masked(model):
@@ -48,7 +53,7 @@ def load_patched(arguments: ModelArguments, length: int) -> tuple[Any, Any]:
     _make_long(model, arguments, length)
     patch_model(
         model,
-        arguments.chosen_pattern(),
+        chosen,
         backend=arguments.backend,
         layers=arguments.layers,
         seq_len=length,

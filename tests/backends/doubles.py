@@ -6,7 +6,7 @@ import torch
 def run_kernel(query, key, value, block_mask, scale, softcap, want_lse):
     """FlexAttention as its kernels do it: mask_mod decides inside listed partial blocks, full ones count whole."""
     assert (query.shape[2], key.shape[2]) == block_mask.seq_lengths
-    allowed = allowed_pairs(block_mask, query.shape[1])
+    allowed = allowed_pairs(block_mask, *query.shape[:2])
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     scores = query @ key.mT * scale
@@ -23,8 +23,8 @@ def softmax(scores, value):
     return weights @ value, lse
 
 
-def allowed_pairs(block_mask, heads):
-    """Return the pairs [H, Q, K] that a block mask holds; its lists for the backward pass must say the same."""
+def allowed_pairs(block_mask, rows_of_batch, heads):
+    """Return the pairs [B, H, Q, K] that a block mask holds; its lists for the backward pass must say the same."""
     q_len, k_len = block_mask.seq_lengths
     rows, keys = q_len // 128, k_len // 128
     partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices, keys)
@@ -33,20 +33,20 @@ def allowed_pairs(block_mask, heads):
     if block_mask.q_indices is not None:
         assert torch.equal(listed(block_mask.q_num_blocks, block_mask.q_indices, rows).mT, partial)
         assert torch.equal(listed(block_mask.full_q_num_blocks, block_mask.full_q_indices, rows).mT, full)
-    batch, head, query, key = (torch.arange(n, dtype=torch.int32) for n in (1, heads, q_len, k_len))
-    mask = block_mask.mask_mod(batch[:, None, None, None], head[:, None, None], query[:, None], key).expand(
-        1, heads, q_len, k_len
-    )[0]
-    partial, full = (x.repeat_interleave(128, 1).repeat_interleave(128, 2) for x in (partial, full))
+    shape = (rows_of_batch, heads, q_len, k_len)
+    batch, head, query, key = (torch.arange(n, dtype=torch.int32) for n in shape)
+    mask = block_mask.mask_mod(batch[:, None, None, None], head[:, None, None], query[:, None], key)
+    mask = mask.expand(shape)
+    partial, full = (x.repeat_interleave(128, 2).repeat_interleave(128, 3) for x in (partial, full))
     return (partial & mask) | full
 
 
 def listed(count, index, blocks):
-    """Return lists of blocks as bool [H or 1, n, blocks]; none may occur twice."""
-    table = torch.zeros(*index.shape[1:3], blocks + 1, dtype=torch.long)
+    """Return lists of blocks as bool [B or 1, H or 1, n, blocks]; none may occur twice."""
+    table = torch.zeros(*index.shape[:3], blocks + 1, dtype=torch.long)
     assert index.min() >= 0 and index.max() < blocks and count.dtype == index.dtype == torch.int32
-    column = torch.where(torch.arange(index.shape[3]) < count[0, ..., None], index[0].long(), blocks)
-    table.scatter_add_(2, column, torch.ones_like(column))
+    column = torch.where(torch.arange(index.shape[3]) < count[..., None], index.long(), blocks)
+    table.scatter_add_(3, column, torch.ones_like(column))
     assert table[..., :blocks].max() <= 1
     return table[..., :blocks].bool()
 

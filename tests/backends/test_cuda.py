@@ -13,10 +13,12 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.timing import compiled
-from hf_sparse import Pattern, get_pattern
+from hf_sparse import Pattern, SlidingWindow, TopKBlocks, get_pattern
 from hf_sparse.backends import Call, attend
+from hf_sparse.backends.selected import select_all
 from hf_sparse.patterns import static_patterns
 from hf_sparse.plan import Constraint, Segments
+from hf_sparse.selectors import divided
 
 from .cases import PATTERNS, SHAPES, Shape, call_of, oracle, run, segments, tensors, truth, written_mask
 
@@ -233,3 +235,38 @@ def test_both_sides_flex(name):
 def test_left_padding_and_decode_step_flex(name):
     check_half("flex", name, kind="left", shape=Shape(4, 2, 300, 300, width=64, v_width=64))
     check_half("flex", name, shape=Shape(4, 2, 1, 300, width=64, v_width=64, batch=1))
+
+
+SELECTED = {
+    "blocks": TopKBlocks(keep=0.4, block=64) | SlidingWindow(90),
+    "every-query": TopKBlocks(keep=0.3, block=16, query_block=1),
+}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_selected_blocks_flex(name):
+    """Output and gradients in float32; what is read is selected once, so that rounding cannot change it."""
+    q, k, v, grad = (x.detach().float().cuda() for x in tensors(SHAPE))
+    call, batch = Call(SELECTED[name]), Segments.whole(1, SHAPE.k_len)
+    chosen = select_all(divided(call.pattern, 0).selector, q, k, batch, call.constraint)
+    results = []
+    for backend in ("reference", "flex"):
+        given = [x.double() if backend == "reference" else x for x in (q, k, v)]
+        given = [x.detach().requires_grad_() for x in given]
+        out = attend(*given, call, batch, backend, selections=chosen)
+        results.append((out, *torch.autograd.grad(out, given, grad.to(out.dtype))))
+    for want, got in zip(*results, strict=True):
+        assert_close(got.double(), want, atol=1e-2 * float(want.abs().max()), rtol=0.0)  # TF32 products
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_selected_blocks_flex_waits_for_nothing(name):
+    q, k, v, _ = (x.detach().float().cuda() for x in tensors(SHAPE))
+    call, batch = Call(SELECTED[name]), Segments.whole(1, SHAPE.k_len)
+    chosen = select_all(divided(call.pattern, 0).selector, q, k, batch, call.constraint)
+    attend(q, k, v, call, batch, "flex", selections=chosen)  # plans are built and kernels compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend(q, k, v, call, batch, "flex", selections=chosen)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

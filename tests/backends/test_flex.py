@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from hf_sparse import Longformer, SlidingWindow, Strided
 from hf_sparse.backends import Call, attend
-from hf_sparse.backends.flex import attention, kernel
+from hf_sparse.backends.flex import kernel
 from hf_sparse.backends.flex.blocks import block_tables
-from hf_sparse.backends.flex.bounds import row_bounds
+from hf_sparse.backends.flex.bounds import row_bounds, sorting
 from hf_sparse.backends.flex.kernel import padded_length
 from hf_sparse.backends.flex.masks import mask_of
 from hf_sparse.backends.flex.orders import orders_of
@@ -21,7 +21,6 @@ from hf_sparse.patterns import get_pattern
 from hf_sparse.patterns.base import Pattern
 from hf_sparse.plan import Constraint, Segments, make_plan
 
-from . import doubles
 from .cases import PATTERNS, SHAPES, Shape, run, segments, tensors, truth, written_mask
 
 
@@ -57,17 +56,6 @@ SOME = {
     **{k: SHAPES[k] for k in ("one-token", "gqa", "dv-wider", "decode-step", "chunked-prefill")},
     "long": LONG,
 }
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """Run the dense stand-in instead of the compiled kernel, with gradients and in float64."""
-    monkeypatch.setattr(attention, "run_kernel", doubles.run_kernel)
-    monkeypatch.setattr(attention, "_WIDE", ())  # as on CUDA
-    attention._prepared.cache_clear()
-    monkeypatch.setattr("hf_sparse.backends.flex.unsupported", lambda *_: [])
-    yield
-    attention._prepared.cache_clear()
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -112,7 +100,7 @@ def test_row_bounds_on_the_device_are_those_of_the_pieces(name):
 
 def _queries(order):
     if order.stride > 1:
-        return attention._sorting(order, order.k_len - order.q_len, torch.device("cpu"))[0].tolist()
+        return sorting(order, order.k_len - order.q_len, torch.device("cpu"))[0].tolist()
     return range(order.q_len)
 
 
@@ -156,7 +144,7 @@ def test_heads_that_differ_come_back_in_their_order():
 def test_a_group_of_heads_reads_its_own_key_heads_once():
     seen = []
 
-    def run_group(query, key, value, plan, group):
+    def run_group(query, key, value, plan, group, number):
         seen.append((group.heads, query.shape[1], key.shape[1]))
         return query + key[:, :, :1].repeat_interleave(query.shape[1] // key.shape[1], 1)
 

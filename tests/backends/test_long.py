@@ -54,6 +54,7 @@ PATTERNS = {
     "longformer-scattered": Longformer(257, SCATTERED),
     "longformer-heads": Longformer(50, (0, 7), dilation=(1, 2, 1, 3)),
     "global": of("global_tokens", positions=SCATTERED, ratio=0.05),
+    "sinks": of("sinks", sinks=70),
     "streaming": StreamingLLM(4, 60),
     "streaming-many": StreamingLLM(90, 200),
     "grouped-heads": of("grouped_heads", window=64),

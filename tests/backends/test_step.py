@@ -49,6 +49,7 @@ PATTERNS = {
     "sparse-fixed": of("sparse_transformer_fixed", block=16, summary=3),
     "longformer": Longformer(9, (0, 7, 40, 400), dilation=(1, 1, 2, 2)),
     "global": of("global_tokens", positions=(1, 30), ratio=0.1, global_queries=True),
+    "sinks": of("sinks"),
     "streaming": StreamingLLM(3, 12),
     "grouped-heads": of("grouped_heads", window=8),
     "multi-scale": of("multi_scale", window=4, scales=3),

@@ -31,12 +31,14 @@ OPTIONS = {
     "kvstar": {"keep": 5, "block": 4, "query_block": 3, "local": 0},
     "layered": {"pattern": SlidingWindow(window=4), "dense_every": 2},
     "longformer": {"window": 3, "global_tokens": (0, 7)},
+    "lsh": {"rounds": 2, "block": 2, "buckets": 4, "local": 0},
     "multi_scale": {"window": 2, "scales": 3},
     "quest": {"keep": 4, "block": 2, "local": 1, "dense_layers": 1, "query_block": 4},
     "random": {"keys_per_query": 4},
     "rerope": {"window": 3, "pattern": StreamingLLM(sinks=2, window=6)},
     "self_extend": {"group": 2, "window": 3, "pattern": Strided(3, anchor="absolute") | SlidingWindow(6)},
     "shifted": {"group": 6},
+    "sinks": {"sinks": 3},
     "sliding_window": {"window": 5},
     "sparse_transformer_fixed": {"block": 6, "summary": 2},
     "sparse_transformer_strided": {"stride": 4},
@@ -44,6 +46,7 @@ OPTIONS = {
     "strided": {"stride": 4, "anchor": "absolute"},
     "threshold": {"p": 0.6, "block": 2, "query_block": 2},
     "topk_blocks": {"keep": 0.5, "block": 3, "local": 0, "query_block": 2},
+    "vertical_slash": {"vertical": 0.2, "slash": 0.3, "block": 2, "renew": 4, "local": 0},
 }
 MORE = [
     get_pattern("streaming_llm", sinks=2, window=4, positions="cache"),

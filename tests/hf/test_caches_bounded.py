@@ -17,6 +17,7 @@ from hf_sparse import (
     MultiScale,
     Random,
     Shifted,
+    Sinks,
     SlidingWindow,
     SparseTransformerFixed,
     SparseTransformerStrided,
@@ -29,6 +30,7 @@ PER_SLOT = 2 * 2 * 8 * 4  # bytes of a layer of the tiny llama: key and value, 2
 # After n tokens a cache may hold this many, the slots of one drop apart.
 MOST = [
     (SlidingWindow(window=9), lambda n: 8),
+    (Sinks(3), lambda n: 3),
     (StreamingLLM(sinks=3, window=9), lambda n: 3 + 8),
     (StreamingLLM(sinks=3, window=9, positions="cache"), lambda n: 3 + 8),
     (Longformer(window=5, global_tokens=(0, 30)), lambda n: 2 + 4),

@@ -4,10 +4,13 @@ import pytest
 import torch
 from caching import CLOSE, left_padded
 from tiny_models import ENCODERS, logits, tiny, tokens
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 import hf_sparse
-from hf_sparse import PerHead, Quest, SlidingWindow, TopKBlocks, recording
+from hf_sparse import PerHead, Quest, SlidingWindow, TopKBlocks, get_pattern, recording
+from hf_sparse.evaluate import perplexity
+from hf_sparse.train.config import AdaptationArguments
+from hf_sparse.train.model import load_patched
 
 SELECTOR = TopKBlocks(keep=4, block=4, local=0, query_block=2)
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -139,3 +142,47 @@ def test_describe_tells_the_density():
     model = hf_sparse.patch_model(tiny("llama"), "topk_blocks", keep=4, block=4, local=0)
     text = hf_sparse.describe(model, seq_len=128)
     assert "density 0.2" in text or "density 0.1" in text, text
+
+
+AHEAD = [
+    ("kvstar", {"keep": 3, "block": 4, "query_block": 2, "local": 0}),
+    ("vertical_slash", {"vertical": 0.2, "slash": 0.2, "block": 4, "renew": 8, "local": 0}),
+    ("lsh", {"block": 4, "rounds": 2, "buckets": 4, "shared_qk": True, "sinks": 0, "local": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), AHEAD, ids=[name for name, _ in AHEAD])
+def test_what_looks_ahead_is_for_the_prompt_of_a_generation(name, options):
+    """The prompt's last token sees what its form selects; those that come after go on causally."""
+    ids, kind = tokens(2, 40), "gpt_neox" if name == "lsh" else "llama"
+    ahead = hf_sparse.patch_model(tiny(kind), name, selection="prompt", **options)
+    causal = hf_sparse.patch_model(tiny(kind), name, **options)
+    cache = hf_sparse.make_cache(ahead)
+    with torch.no_grad():
+        first = ahead(ids, past_key_values=cache).logits
+        out = ahead.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=1)
+    assert not torch.equal(first, logits(causal, ids, past_key_values=hf_sparse.make_cache(causal)))
+    assert torch.equal(out[:, 40], first[:, -1].argmax(-1))
+    with pytest.raises(ValueError, match=r"decide what earlier ones read.*not for a text without a cache"):
+        ahead(ids, use_cache=False)
+    with pytest.raises(ValueError, match=r"not for training; use selection='causal'"):
+        ahead.train()(ids, past_key_values=hf_sparse.make_cache(ahead))
+
+
+def test_what_looks_ahead_measures_no_perplexity_and_trains_nothing(tmp_path):
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained("recipes/tiny_base"),
+        AutoTokenizer.from_pretrained("recipes/tiny_base"),
+    )
+    ahead = get_pattern("kvstar", selection="prompt", dense_layers=4) | SlidingWindow(8)
+    with pytest.raises(ValueError, match="not for a measure that tokens to come must not help"):
+        perplexity(model, tokenizer, ["def f(): pass\n" * 40], max_length=64, patterns=[ahead])
+    arguments = AdaptationArguments(
+        model="recipes/tiny_base",
+        pattern="kvstar",
+        pattern_options={"selection": "prompt"},
+        text=[str(tmp_path)],
+        length=64,
+    )
+    with pytest.raises(ValueError, match="not for training"):
+        load_patched(arguments, 64)

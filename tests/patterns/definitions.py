@@ -156,6 +156,7 @@ DEFINITIONS = {
     ),
     "longformer": longformer,
     "bigbird": bigbird,
+    "sinks": lambda p, call, h, q, k: k < p.sinks,
     "streaming_llm": lambda p, call, h, q, k: k < p.sinks or abs(q - k) < p.window,
     "grouped_heads": grouped_heads,
     "multi_scale": lambda p, call, h, q, k: any(dilated(q, k, p.window, 2**i) for i in range(p.scales)),
@@ -223,6 +224,7 @@ OPTIONS = {
             "seed": count(0, 9),
         }
     ),
+    "sinks": st.fixed_dictionaries({"sinks": count(1, 4)}),
     "streaming_llm": st.fixed_dictionaries(
         {"sinks": count(0, 4), "window": count(), "positions": st.sampled_from(["absolute", "cache"])}
     ),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparse import SlidingWindow, get_pattern
+from hf_sparse import Sinks, SlidingWindow, TopKBlocks, get_pattern
 from hf_sparse.patterns import static_patterns
 from hf_sparse.patterns.probe import parts_mask
 
@@ -102,6 +102,13 @@ def test_atrous_local_is_the_merged_sparse_transformer():
     ours, theirs = get_pattern("atrous_local", stride=4), get_pattern("sparse_transformer_strided", stride=4)
     assert torch.equal(ours.mask(23), theirs.mask(23))
     assert torch.equal(ours.mask(23, causal=False), theirs.mask(23, causal=False))
+
+
+def test_sinks_and_a_window_are_streaming_llm():
+    ours, theirs = Sinks(4) | SlidingWindow(3), get_pattern("streaming_llm", sinks=4, window=3)
+    assert torch.equal(ours.mask(17), theirs.mask(17))
+    assert torch.equal(ours.mask(17, causal=False), theirs.mask(17, causal=False))
+    assert (TopKBlocks(keep=2) | ours).members[1:] == ours.members == (Sinks(4), SlidingWindow(3))
 
 
 def test_few_parts_are_enough():

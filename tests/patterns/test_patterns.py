@@ -68,6 +68,7 @@ def test_every_pattern_is_frozen_has_defaults_and_survives_json():
             "global_tokens must hold whole numbers from 0 to 1099511627776, got -1",
         ),
         ("longformer", {"global_tokens": "0"}, "global_tokens must be a list of token positions"),
+        ("sinks", {"sinks": 0}, "sinks must be >= 1, got 0"),
         ("sliding_window", {"window": 2**41}, "window must be at most 1099511627776"),
         ("longformer", {"global_tokens": (2**70,)}, "global_tokens must hold whole numbers from 0 to"),
         (

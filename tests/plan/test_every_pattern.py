@@ -108,6 +108,7 @@ def of(name, **options):
         (of("longformer", window=5, global_tokens=()), False, 1),
         (of("global_tokens", positions=(0, 9)), True, 2),
         (of("global_tokens", positions=(0, 9)), False, 4),
+        (of("sinks", sinks=2), True, 2),
         (of("streaming_llm", sinks=2, window=5), False, 2),
         (of("grouped_heads", window=5), True, 3),  # a window; columns, and the token itself
         (of("bigbird", block=4, random_blocks=0), True, 2),

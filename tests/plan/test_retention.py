@@ -18,6 +18,7 @@ from hf_sparse import (
     PerHead,
     Random,
     Shifted,
+    Sinks,
     SlidingWindow,
     SparseTransformerFixed,
     StreamingLLM,
@@ -84,6 +85,7 @@ def test_what_later_queries_see_is_held_under_any_composition(pattern, constrain
 
 EXACT = [
     SlidingWindow(window=5),
+    Sinks(2),
     StreamingLLM(sinks=2, window=4),
     StreamingLLM(sinks=2, window=4, positions="cache"),
     Longformer(window=3, global_tokens=(0, 7)),

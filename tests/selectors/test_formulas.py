@@ -150,13 +150,13 @@ def on_device_formula(selector, queries, keys, own, key, ask, blocks):
     return found
 
 
-def kvstar_formula(selector, queries, keys, own, key, ask, blocks):
+def kvstar_formula(selector, queries, keys, own, key, ask, blocks, channels=None):
     size, found = len(key[0]), dict.fromkeys(blocks, 0.0)
     merged = []  # block, kept channels, and their mean
     for b in blocks:
         rows = rows_of(selector, key, b)
         strength = [(-sum(abs(row[d]) for row in rows), d) for d in range(size)]
-        kept = [d for _, d in sorted(strength)[: round(selector.channels * size)]]
+        kept = channels or [d for _, d in sorted(strength)[: round(selector.channels * size)]]
         for start in range(0, selector.block, selector.pairs):
             stands = mean(rows[start : start + selector.pairs])
             merged.append((b, kept, [stands[d] for d in kept]))
@@ -235,6 +235,29 @@ def test_each_selector_is_its_formula(selector, heads, kv_heads, length):
     last = [lists[-1] for lists in wanted]
     candidates = (length - 1) // selector.queries * selector.queries // selector.block + 1
     assert any(last) and all(len(one) < candidates for one in last), "something is taken, something left out"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), SHAPES)
+def test_all_keys_and_the_last_queries_of_a_prompt_decide_for_all_of_it(heads, kv_heads, length):
+    selector = KVStar(block=4, query_block=3, keep=4, channels=0.5, local=0, selection="prompt")
+    query, key, _ = tensors(heads, kv_heads, length)
+    (found,) = listed(BlockIndex(selector).select(query, key).lists)
+    shared, queries, whole = heads // kv_heads, query[0].tolist(), length // 4 * 4
+    for kv, head in enumerate(key[0].tolist()):
+        own, lists = queries[kv * shared : (kv + 1) * shared], []
+        strength = sorted((-sum(abs(row[d]) for row in head[:whole]), d) for d in range(len(head[0])))
+        channels = [d for _, d in strength[: round(len(strength) / 2)]]
+        for ask in range(0, length, 3):
+            blocks = list(
+                range(1, ask // 4 - 1)
+            )  # not the first, the query's own and, for 3 queries, the one before
+            last = length - 1
+            scores = (
+                kvstar_formula(selector, queries, None, own, head, last, blocks, channels) if blocks else {}
+            )
+            lists.append(chosen(selector, scores, max(0, 4 - min(3, ask // 4 + 1))))
+        assert found[kv] == lists
+    assert any(map(len, found[0]))
 
 
 @each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,19 +15,30 @@ from torch.nn.functional import pad
 
 from ...plan.pieces import Indices, Lattice
 from ...plan.plan import HeadPlan, Plan
+from ...selectors import AnySelection, Selection
 from ..call import Call, Inputs
 from .blocks import block_tables
-from .bounds import sorted_place
+from .bounds import sorting
 from .kernel import LARGEST_HEAD, SMALLEST_HEAD, padded_length, run_kernel
 from .masks import mask_of, tile_reasons
 from .orders import BLOCK, Order, orders_of
+from .selected import NO_LISTS, selected_reasons, union_mask
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDE = ("cpu",)  # devices whose kernels take tables as wide as the key axis only
 
 
-def unsupported(call: Call, inputs: Inputs, plans: list[Plan | None]) -> list[str]:
-    """Return every reason why FlexAttention cannot run this call; nothing where it can."""
+def unsupported(
+    call: Call,
+    inputs: Inputs,
+    plans: list[Plan | None],
+    selections: Sequence[AnySelection | None] | None = None,
+) -> list[str]:
+    """Return every reason why FlexAttention cannot run this call; nothing where it can.
+
+    selections: where `inputs.selected`, what is read of each sequence, None for one without; None for all where it is
+        known only that they are no lists of blocks.
+    """
     reasons = []
     device = inputs.device.type
     if device not in ("cuda", "cpu"):
@@ -47,14 +59,23 @@ def unsupported(call: Call, inputs: Inputs, plans: list[Plan | None]) -> list[st
     if any(plan is not None and plan.columns is not None for plan in plans):
         # Its bounds are arithmetic on one axis of positions.
         return [*reasons, "FlexAttention has no calls over a cache whose old keys are held apart"]
-    groups = [(plan, group) for plan in plans if plan is not None for group in plan.groups]
+    if inputs.selected and selections is None:
+        reasons.append(NO_LISTS)
+    chosen = [None] * len(plans) if selections is None else selections
+    both = [(plan, own) for plan, own in zip(plans, chosen, strict=True) if plan is not None]
+    reasons += dict.fromkeys(
+        reason for plan, own in both if own is not None for reason in selected_reasons(own, plan)
+    )
+    groups = [(plan, group, own is not None) for plan, own in both for group in plan.groups]
     if device == "cpu" and inputs.sinks:
         reasons.append("on the CPU FlexAttention does not return what learned sinks are merged with")
-    if device == "cpu" and any(len(orders_of(plan, group).merged) > 1 for plan, group in groups):
+    if device == "cpu" and any(len(orders_of(*group).merged) > 1 for group in groups):
         reasons.append(
             "the pattern needs several calls, and on the CPU FlexAttention does not return what merges them"
         )
-    reasons += dict.fromkeys(r for _, group in groups for tiles in group.tiles for r in tile_reasons(tiles))
+    reasons += dict.fromkeys(
+        r for _, group, _ in groups for tiles in group.tiles for r in tile_reasons(tiles)
+    )
     return reasons
 
 
@@ -66,17 +87,26 @@ def flex_attention(
     plan: Plan,
     group: HeadPlan,
     sinks: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """Return the attention [B, h, Q, Dv] of one sequence's heads `group.heads`; `unsupported` is empty.
 
     Args:
         query: [B, h, Q, D]; key: [B, h_kv, K, D]; value: [B, h_kv, K, Dv], of one dtype.
         sinks: [h] float32, a logit per head beside the scores of each row.
+        selection: blocks that the sequence reads besides the plan's pairs.
     """
-    orders = orders_of(plan, group)
+    orders = orders_of(plan, group, selection is not None)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     merging = len(orders.merged) > 1 or sinks is not None
-    results = [_run(query, key, value, call, order, gradients, merging) for order in orders.merged]
+    masks = [None] * len(orders.merged)
+    if selection is not None:
+        wide = query.device.type in _WIDE
+        masks[0] = union_mask(selection, plan, group, query.device, gradients=gradients, wide=wide)
+    results = [
+        _run(query, key, value, call, order, gradients, merging, mask)
+        for order, mask in zip(orders.merged, masks, strict=True)
+    ]
     if results and merging:
         out = _merged([o for o, _ in results], [lse for _, lse in results if lse is not None], sinks)
     elif results:
@@ -118,7 +148,6 @@ class _Prepared:
     chosen: indices of chosen queries.
     """
 
-    mask: Any
     rows: int
     keys: int
     gathered: tuple[Tensor | None, ...]
@@ -127,7 +156,7 @@ class _Prepared:
 
 
 @lru_cache(maxsize=32)
-def _prepared(order: Order, device: torch.device, gradients: bool) -> _Prepared:
+def _block_mask(order: Order, device: torch.device, gradients: bool) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     # Kept for later calls: tables made in inference mode could not be used in training.
@@ -136,7 +165,7 @@ def _prepared(order: Order, device: torch.device, gradients: bool) -> _Prepared:
         shape, wide = (rows // BLOCK, keys // BLOCK), device.type in _WIDE
         tables = block_tables(order, *shape, device, gradients=gradients, wide=wide)
         partial_rows, full_rows = tables.partial_rows, tables.full_rows
-        mask = BlockMask(
+        return BlockMask(
             seq_lengths=(rows, keys),
             kv_num_blocks=tables.partial.count,
             kv_indices=tables.partial.index,
@@ -149,15 +178,20 @@ def _prepared(order: Order, device: torch.device, gradients: bool) -> _Prepared:
             BLOCK_SIZE=(BLOCK, BLOCK),
             mask_mod=mask_of(order, rows, device),
         )
+
+
+@lru_cache(maxsize=32)
+def _prepared(order: Order, device: torch.device) -> _Prepared:
+    with torch.inference_mode(False), torch.no_grad():
         gathered = tuple(_indices(indices, device) for indices in order.lists)
         places = None
         if order.stride > 1:
             behind = order.k_len - order.q_len
-            places = _sorting(order, behind, device), _sorting(order, 0, device)
+            places = sorting(order, behind, device), sorting(order, 0, device)
         chosen = None
         if order.queries is not None:
             chosen = torch.from_numpy(order.queries).to(device, non_blocking=True)
-    return _Prepared(mask, rows, keys, gathered, places, chosen)
+    return _Prepared(padded_length(order.rows), padded_length(order.keys), gathered, places, chosen)
 
 
 def _indices(indices: Indices, device: torch.device) -> Tensor | None:
@@ -166,17 +200,22 @@ def _indices(indices: Indices, device: torch.device) -> Tensor | None:
     return torch.from_numpy(indices.at(np.arange(indices.count))).to(device, non_blocking=True)
 
 
-def _sorting(order: Order, behind: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = torch.arange(order.k_len - behind, device=device)
-    _, index = sorted_place(order.k_len, behind, order.stride, rows)
-    return index - behind, torch.empty_like(rows).scatter_(0, index - behind, rows)
-
-
 def _run(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, order: Order, gradients: bool, want_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    order: Order,
+    gradients: bool,
+    want_lse: bool,
+    mask: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return output [B, H, n, Dv] and log-sum-exp [B, H, n] of one order, its rows in those of the queries."""
-    made = _prepared(order, query.device, gradients)
+    """Return output [B, H, n, Dv] and log-sum-exp [B, H, n] of one order, its rows in those of the queries.
+
+    mask: the `BlockMask`, None for that of the order alone.
+    """
+    made = _prepared(order, query.device)
+    mask = _block_mask(order, query.device, gradients) if mask is None else mask
     scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
     width = value.shape[-1]
     if made.order is not None:
@@ -192,7 +231,7 @@ def _run(
         _padded(key, made.keys),
         _padded(value, made.keys),
     )
-    out, lse = run_kernel(query, key, value, made.mask, scale, call.softcap, want_lse)
+    out, lse = run_kernel(query, key, value, mask, scale, call.softcap, want_lse)
     out = out[:, :, : order.rows, :width]
     lse = None if lse is None else lse[:, :, : order.rows]
     if made.order is not None:

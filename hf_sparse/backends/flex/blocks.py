@@ -84,11 +84,11 @@ def block_tables(
     longest = [int(cut.sum(0).max()) + sum(blocks.shape[2] for blocks in listed), int(uncut.sum(0).max())]
     if wide:
         longest = [key_blocks, key_blocks]
-    partial = _compact(block, new & ~whole, _width(longest[0], key_blocks))
-    full = _compact(block, new & whole, _width(longest[1], key_blocks))
+    partial = compact(block, new & ~whole, entries_width(longest[0], key_blocks))
+    full = compact(block, new & whole, entries_width(longest[1], key_blocks))
     if not gradients:
         return BlockTables(partial, full, None, None)
-    most_partial, most_full = (_width(n, row_blocks) for n in _most_rows(hull, listed, key_blocks))
+    most_partial, most_full = (entries_width(n, row_blocks) for n in _most_rows(hull, listed, key_blocks))
     return BlockTables(
         partial,
         full,
@@ -163,12 +163,12 @@ def _most_rows(hull: tuple[Tensor, ...], listed: list[np.ndarray], key_blocks: i
     return int(partial.max(initial=1)), int(full.max(initial=1))
 
 
-def _width(entries: int, most: int) -> int:
+def entries_width(entries: int, most: int) -> int:
     """Return a width for `entries` list entries: few different ones, because each is compiled once."""
     return min(most, max(_NARROWEST, 1 << max(entries - 1, 0).bit_length()))
 
 
-def _compact(block: Tensor, keep: Tensor, width: int) -> Blocks:
+def compact(block: Tensor, keep: Tensor, width: int) -> Blocks:
     """Return the kept entries of each list, in order."""
     place = torch.where(keep, keep.cumsum(2) - 1, width)
     index = block.new_zeros((*block.shape[:2], width + 1)).scatter_(2, place, block.where(keep, 0))

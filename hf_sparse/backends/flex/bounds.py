@@ -52,6 +52,13 @@ def sorted_place(length: int, behind: int, stride: int, rows: Tensor) -> tuple[T
     return residue, index
 
 
+def sorting(order: Order, behind: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return, for tokens behind .. k_len sorted by residue, the token at each place and the place of each token."""
+    rows = torch.arange(order.k_len - behind, device=device)
+    _, index = sorted_place(order.k_len, behind, order.stride, rows)
+    return index - behind, torch.empty_like(rows).scatter_(0, index - behind, rows)
+
+
 def _sorted_before(length: int, stride: int, residue: Tensor) -> Tensor:
     """Return how many of the indices 0 .. length have a smaller residue."""
     return residue * (length // stride) + residue.clamp(max=length % stride)

@@ -78,8 +78,12 @@ class GroupOrders:
 
 
 @lru_cache(maxsize=256)
-def orders_of(plan: Plan, group: HeadPlan) -> GroupOrders:
-    """Return the calls that compute a group of heads."""
+def orders_of(plan: Plan, group: HeadPlan, selected: bool = False) -> GroupOrders:
+    """Return the calls that compute a group of heads.
+
+    selected: blocks are read besides that were selected by their content, in the first call; it is over queries and
+        keys as they stand.
+    """
     natural: list[Piece] = []
     by_stride: dict[int, list[Piece]] = {}
     placed: list[Order] = []
@@ -92,17 +96,26 @@ def orders_of(plan: Plan, group: HeadPlan) -> GroupOrders:
             by_stride.setdefault(queries.step, []).append(piece)
         else:
             chosen = queries.at(np.arange(queries.count))
-            placed.append(_gathered(plan, [piece], (), chosen))
+            placed.append(_gathered(plan, [piece], (), chosen, whole_first=False))
     merged = [_sorted(plan, stride, pieces) for stride, pieces in by_stride.items()]
-    if natural or group.tiles:
-        merged.insert(0, _gathered(plan, natural, group.tiles, None))
+    if natural or group.tiles or selected:
+        merged.insert(
+            0, _gathered(plan, natural, group.tiles, None, whole_first=bool(group.tiles) or selected)
+        )
     return GroupOrders(tuple(merged), tuple(placed))
 
 
-def _gathered(plan: Plan, pieces: list[Piece], tiles: tuple[Tiles, ...], queries: np.ndarray | None) -> Order:
+def _gathered(
+    plan: Plan,
+    pieces: list[Piece],
+    tiles: tuple[Tiles, ...],
+    queries: np.ndarray | None,
+    *,
+    whole_first: bool,
+) -> Order:
     whole = Lattice(0, plan.k_len)
-    lists: list[Indices] = [whole] if tiles else []
-    numbers: dict[tuple[int, ...], int] = {_key(whole): 0} if tiles else {}
+    lists: list[Indices] = [whole] if whole_first else []
+    numbers: dict[tuple[int, ...], int] = {_key(whole): 0} if whole_first else {}
     # The sequence itself first: it needs no gathering, and tiles speak of it.
     for piece in sorted(pieces, key=lambda piece: not _together(piece.keys)):
         keys = whole if _together(piece.keys) else piece.keys

@@ -31,7 +31,7 @@ def run_chosen(chosen: Selected, tensors: Tensors) -> Iterator[Tile]:
 
     tensors: of all heads; the queries are the last of the keys, which are all of the sequence.
     """
-    own = chosen.selection
+    own = chosen.listed
     kv_heads = tensors.key.shape[1]
     groups = tensors.query.shape[1] // kv_heads
     widths = _widths(own)
@@ -58,7 +58,7 @@ class _Blocks:
     """The keys and values of one key head of a sequence, as blocks to be copied from, and the gradients they get."""
 
     def __init__(self, chosen: Selected, row: int, kv: int, tensors: Tensors) -> None:
-        self.size = chosen.selection.key_block
+        self.size = chosen.listed.key_block
         self.first = -(-chosen.first // self.size)  # number of the first block that is held whole
         self.skip = self.first * self.size - chosen.first
         self.count = max(0, tensors.key.shape[2] - self.skip) // self.size
@@ -114,7 +114,7 @@ def _ranges(chosen: Selected, widths: np.ndarray, groups: int, size: int) -> Ite
     Where content decides how many blocks are read, only blocks of queries with equal widths go together: what a later
     token selects must not change how an earlier one is computed, or it would be rounded otherwise.
     """
-    own = chosen.selection
+    own = chosen.listed
     blocks = len(widths)
     start = 0
     while start < blocks:
@@ -135,8 +135,8 @@ def _ranges(chosen: Selected, widths: np.ndarray, groups: int, size: int) -> Ite
 
 
 def _whole(chosen: Selected, block: int) -> bool:
-    first, stop = chosen.selection.rows(block, block + 1, chosen.begin, chosen.end)
-    return stop - first == chosen.selection.query_block
+    first, stop = chosen.listed.rows(block, block + 1, chosen.begin, chosen.end)
+    return stop - first == chosen.listed.query_block
 
 
 def _bias(
@@ -155,7 +155,7 @@ def _bias(
     """
     if not (chosen.is_masked or spread):
         return None, None
-    keys, real = chosen.selection.positions(lists)
+    keys, real = chosen.listed.positions(lists)
     allowed = real[:, None]  # [T, 1, S]
     if chosen.is_masked:
         query = torch.arange(first, end, device=lists.device).view(len(lists), 1, -1, 1) + chosen.begin

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from ...plan.segments import Segment, Segments
+from ...selectors import Selection
 from ..selected import Selected
 from .fetch import Fetch
 
@@ -32,7 +33,7 @@ def chosen_fetch(
         [pad(slots, (0, width - slots.shape[3]), value=-1).expand(-1, -1, per_head, -1) for slots in found]
     )
     whole = all(slots.shape[3] == width for slots in found) and all(
-        chosen is not None and chosen.selection.exact and not chosen.is_masked for chosen in selected
+        chosen is not None and not chosen.is_masked and chosen.listed.exact for chosen in selected
     )
     allowed = None if whole else table >= 0
     if device.type == "cpu" and per_head == 1 and all(_is_whole(*one) for one in asking):
@@ -103,12 +104,14 @@ def _in_place(x: Tensor, other: Tensor) -> bool:
 
 def _is_whole(segment: Segment, chosen: Selected | None) -> bool:
     """True where a sequence selects blocks and has every slot from its first token on, without a hole."""
-    return chosen is not None and isinstance(segment.slots, slice) and segment.first == 0
+    if chosen is None or not isinstance(chosen.selection, Selection):
+        return False
+    return isinstance(segment.slots, slice) and segment.first == 0
 
 
 def _blocks(asking: list[tuple[Segment, Selected]], kv_heads: int) -> Tensor:
     """Return the numbers of the blocks that rows read, int64 [R, H_kv, n], 0 behind the last one of a list."""
-    lists = [chosen.selection.lists[:, :, -1].clamp(min=0) for _, chosen in asking]
+    lists = [chosen.listed.lists[:, :, -1].clamp(min=0) for _, chosen in asking]
     most = max(x.shape[2] for x in lists)
     return torch.cat([pad(x, (0, most - x.shape[2])).expand(-1, kv_heads, -1) for x in lists])
 
@@ -120,9 +123,13 @@ def _slots(
     rows = segment.rows.stop - segment.rows.start
     if chosen is None:
         return torch.full((rows, kv_heads, 1, 0), -1, device=device)
-    lists = chosen.selection.lists[:, :, -1]
-    keys, real = chosen.selection.positions(lists)
-    keys, real = (x[:, :, None].expand(-1, kv_heads, -1, -1) for x in (keys, real))
+    own = chosen.selection
+    if isinstance(own, Selection):
+        keys, real = own.positions(own.lists[:, :, -1])
+        keys, real = (x[:, :, None].expand(-1, kv_heads, -1, -1) for x in (keys, real))
+    else:
+        keys = own.read_by_last().unflatten(1, (kv_heads, groups))
+        real = keys >= segment.first
     if chosen.is_masked:
         head = torch.arange(kv_heads * groups, device=keys.device).view(1, kv_heads, groups, 1)
         query = torch.full((), chosen.begin, device=keys.device)

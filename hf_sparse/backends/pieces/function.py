@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ...plan.plan import Plan
 from ...plan.segments import Segments
+from ...selectors import BucketSelection
 from ..call import Call
-from ..selected import Selected
+from ..selected import Selected, counts_pairs
+from .buckets import ScatteredTile, run_buckets
 from .chosen import run_chosen
 from .heads import head_blocks
 from .lists import Tensors
@@ -37,7 +39,9 @@ def torch_attention(
     """
     selected = [None] * len(segments.entries) if selected is None else list(selected)
     # Of a longer call every sequence may have one query too, where the rest is padding.
-    if views[0].query.shape[2] == 1 and is_step(call, [plan for view in views for plan in view.plans]):
+    counted = counts_pairs(chosen.selection for chosen in selected if chosen is not None)
+    plans_of_all = [plan for view in views for plan in view.plans]
+    if views[0].query.shape[2] == 1 and not counted and is_step(call, plans_of_all):
         return step_attention(views, value, call, segments, sinks, selected)
     # The host's generator, so that gradient checkpointing, which restores it, draws the same masks again.
     seed = int(torch.randint(2**62, ()).item()) if call.dropout else 0
@@ -171,14 +175,20 @@ def _passes(
             seed += 1 << 32
 
 
-def _chosen(ctx: Any, number: int, index: int, tensors: Tensors) -> Iterator[tuple[Tiled, Tile]]:
+def _chosen(
+    ctx: Any, number: int, index: int, tensors: Tensors
+) -> Iterator[tuple[Tiled, Tile | ScatteredTile]]:
     """Yield the tiles of what was selected for sequence `number`, which the first view scores."""
     chosen, call = ctx.selected[number], ctx.call
     if chosen is None or index:
         return
     scale = tensors.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     tiled = Tiled(scale, call.softcap, call.dropout, ctx.seed + ((1 << 60) + (number << 40)))
-    for tile in run_chosen(chosen, tensors):
+    own = chosen.selection
+    tiles: Iterator[Tile | ScatteredTile] = (
+        run_buckets(chosen, own, tensors) if isinstance(own, BucketSelection) else run_chosen(chosen, tensors)
+    )
+    for tile in tiles:
         yield tiled, tile
 
 

@@ -1,0 +1,20 @@
+"""Memory that grows with a text: room for coming entries is made for many at a time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def appended(held: Tensor | None, count: int, new: Tensor) -> Tensor:
+    """Return a tensor [R, H, room, ...] whose first entries are the `count` of `held` and then those of `new`.
+
+    It is `held` itself where there is room. The first time no more is made than is needed.
+    """
+    total = count + new.shape[2]
+    if held is None or total > held.shape[2]:
+        room = new.new_empty((*new.shape[:2], total if not count else total + total // 2, *new.shape[3:]))
+        if held is not None:
+            room[:, :, :count] = held[:, :, :count]
+        held = room
+    held[:, :, count:total] = new
+    return held
