@@ -4,7 +4,8 @@
     python -m benchmarks.selection --lengths 16384 --decode 32768 --repeats 5 --output /tmp/selection
 
 Every time holds the selection. A decoding step is the mean of the 64 steps up to a length, each of which selects what
-is due: blocks that become whole are summarised, and a selection is made whenever a block of queries begins. Dense
+is due: blocks that become whole are summarised, and a selection is made whenever a block of queries begins. What all
+layers of a model share, the plan of what is always kept, is made before. Dense
 attention is torch's scaled_dot_product_attention on the same tensors in the same run, one query over all keys for a
 step.
 """
@@ -39,7 +40,8 @@ from .timing import Deadline, Failure, Reading, interleaved
 
 STEPS = 64  # tokens of a text whose decoding steps are timed together
 SIZE = 64  # of a head
-HEADS = ((4, 4), (8, 2))  # query heads, key heads
+HEADS = ((4, 4), (8, 2))  # query heads, key heads, of one pass
+STEP_HEADS = ((8, 8), (8, 2))  # of a decoding step
 CALLS: dict[str, dict[str, Any]] = {  # 16 blocks of 64 tokens, or as many tokens
     "topk_blocks": {"keep": 16},
     "quest": {"keep": 64, "query_block": 64},
@@ -131,14 +133,15 @@ def decoding(heads: int, kv_heads: int, length: int, given: argparse.Namespace) 
     work: dict[str, Callable[[], object]] = {
         "dense": partial(scaled_dot_product_attention, last, key, value, enable_gqa=heads != kv_heads)
     }
+    segments = {end: Segments.whole(1, end) for end in range(length - STEPS + 1, length + 1)}
     patterns = {name: pattern_of(name, DECODED[name]) for name in labels}
     for name, pattern in patterns.items():
         selector = divided(pattern, 0).selector
         assert selector is not None
         index = selector.index()
         index.select(query[:, :, :-STEPS], key[:, :, :-STEPS])
-        work[name] = partial(_steps, Call(pattern), index, query, key, value)
-        work[f"{name}: selection"] = partial(_steps, None, index, query, key, value)
+        work[name] = partial(_steps, Call(pattern), index, query, key, value, segments)
+        work[f"{name}: selection"] = partial(_steps, None, index, query, key, value, segments)
     times = interleaved(work, given.repeats, query.device, Deadline())
     rows = []
     for name, pattern in patterns.items():
@@ -150,7 +153,14 @@ def decoding(heads: int, kv_heads: int, length: int, given: argparse.Namespace) 
     return rows
 
 
-def _steps(call: Call | None, index: Index[Any], query: Tensor, key: Tensor, value: Tensor) -> None:
+def _steps(
+    call: Call | None,
+    index: Index[Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: dict[int, Segments],
+) -> None:
     """Take the last steps of a text; without a call only what is read is found."""
     index = index.taken(None)
     length = key.shape[2]
@@ -158,8 +168,7 @@ def _steps(call: Call | None, index: Index[Any], query: Tensor, key: Tensor, val
         asked, held = query[:, :, end - 1 : end], key[:, :, :end]
         selection = index.select(asked, held)
         if call is not None:
-            segments = Segments.whole(1, end)
-            attend(asked, held, value[:, :, :end], call, segments, selections=[selection])
+            attend(asked, held, value[:, :, :end], call, segments[end], selections=[selection])
 
 
 def _median(reading: Reading | Failure) -> float:
@@ -238,11 +247,12 @@ def main() -> None:
         "machine": {**describe_machine(torch.device("cpu")), "threads": given.threads},
         "rows": [],
     }
-    for heads, kv_heads in HEADS:
-        for length in given.decode:
-            content["rows"] += decoding(heads, kv_heads, length, given)
-        for length in given.lengths:
-            content["rows"] += whole(heads, kv_heads, length, given)
+    for length in given.decode:
+        for shape in STEP_HEADS:
+            content["rows"] += decoding(*shape, length, given)
+    for length in given.lengths:
+        for shape in HEADS:
+            content["rows"] += whole(*shape, length, given)
     content["rows"].sort(key=lambda row: ("forward", "backward", "decode").index(row["measure"]))
     write_atomically(Path(f"{given.output}.json"), json.dumps(content, indent=1).encode())
     write_atomically(Path(f"{given.output}.md"), markdown(content).encode())

@@ -154,8 +154,8 @@ def markdown(record: dict[str, Any]) -> str:
             "",
             f"`{record['command']}`, {record['date']}, {versions}.",
             "",
-            f"Embedded model, untrained; {record['documents']} test documents of {LENGTH:,} tokens; {record['samples']} "
-            "copies of 64 random tokens per distance.",
+            f"Embedded model, untrained; {record['documents']} test documents of {LENGTH:,} tokens; "
+            f"{record['samples']} copies of 64 random tokens per distance.",
             "",
             *(f"| {' | '.join(cells)} |" for cells in lines),
             "",

@@ -16,6 +16,7 @@ def test_every_content_based_pattern_has_a_row():
 
 def test_rows_of_short_texts_and_their_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(selection, "HEADS", ((2, 1),))
+    monkeypatch.setattr(selection, "STEP_HEADS", ((2, 1),))
     monkeypatch.setattr(selection, "CALLS", {name: {} for name in CALLS})
     options = ["--lengths", "300", "--decode", "400", "--repeats", "1", "--output", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["selection", "--threads", str(torch.get_num_threads()), *options])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class ListIndex(Index[S]):
         self._lists_held: Tensor | None = None
         self._first_held = 0
         self._counts_held = np.empty(0, dtype=np.int64)  # their lengths: the budget may have been another
+        self._going_on: Selection | None = None  # of the unfinished block alone, while single tokens come
 
     @property
     def rows(self) -> int:
@@ -55,7 +57,10 @@ class ListIndex(Index[S]):
         blocks = query_blocks(selector, begin, end, starts)
         opened = 1 if begin % selector.queries else 0
         lists = self._lists(query, key, part_of(blocks, opened, len(blocks)), first, starts)
-        counts = blocks.counts
+        counts, alone = blocks.counts, query.shape[2] == 1
+        if opened and alone and self._going_on is not None:
+            self._recent = self._last(query)
+            return self._going_on
         if opened:
             place = begin // selector.queries - self._first_held
             lists = joined_lists([self._open(place), lists])
@@ -66,9 +71,21 @@ class ListIndex(Index[S]):
         if not selector.takes_all_counted and lists.device.type == "cpu":  # elsewhere counting would wait
             counts = (lists >= 0).sum(3).amax((0, 1)).numpy()
         lists = lists[..., : counts.max(initial=0)]  # what was held may be longer, behind the last of a list
-        return Selection(
+        found = Selection(
             selector.block, selector.queries, blocks.first, lists, counts, selector.takes_all_counted
         )
+        self._going_on = found if alone else None
+        return found
+
+    def taken(self, rows: Tensor | None) -> Self:
+        made = super().taken(rows)
+        made._going_on = self._going_on if rows is None else None
+        return made
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        made = super().joined(others)
+        made._going_on = None
+        return made
 
     def _asking(self, query: Tensor, asks: np.ndarray, begin: int, spacing: int) -> Tensor:
         """Return the latest queries at evenly spaced new positions, [R, H, J, W, D], 0 where there are fewer.
@@ -107,6 +124,7 @@ class ListIndex(Index[S]):
         self._lists_held, self._counts_held = lists[:, :, -most:].clone(), counts[-most:]
 
     def _take_back(self, length: int) -> None:
+        self._going_on = None
         if self._recent is not None:
             kept = self._recent.shape[2] - (self.length - length)
             self._recent = self._recent[:, :, : max(0, kept)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ class Selection:
     lists: int64 [R, H_kv or 1, J, m], numbers of blocks, all before the queries; -1 behind the last one of a list.
     counts: int64 [J], how many entries a list has; m is the most of them.
     exact: False where lists may have fewer.
+    memo: what was made of it, while single queries go on with it.
     """
 
     key_block: int
@@ -30,6 +32,7 @@ class Selection:
     lists: Tensor
     counts: np.ndarray
     exact: bool = True
+    memo: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
