@@ -15,6 +15,7 @@ from ...plan.step import Reads
 
 # Slots of a view per key that a row reads, up to which a mask over the view is used instead of a gather.
 _WIDEST = 2
+_BAGS = (-1,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,18 @@ class Fetch:
         return Fetch(slots, None if self.allowed is None else slots >= 0)
 
     def scores(self, query: Tensor, key: Tensor, rows: slice | Tensor, heads: slice) -> Tensor:
-        """Return query [R, H, D] times the keys it reads of key [B, H_kv, K, D], [R, h_kv, G, m]."""
+        """Return query [R, H, D] times the keys it reads of key [B, H_kv, K, D], [R, h_kv, G, m].
+
+        On a CPU where each query head has keys of its own these are read where they lie too.
+        """
+        if found := self._read_in_place(key, query, rows, heads):
+            tokens, places = found
+            if query.shape[1] == places.shape[1]:
+                # What a sum with weights gives its weights as gradients: products with the tokens, none of them copied.
+                bags = self._bags(places)
+                products = torch.ops.aten._embedding_bag_per_sample_weights_backward
+                flat = products(query.flatten(0, 1).contiguous(), tokens, places.flatten(), bags[:0], bags, 0)
+                return flat.view(places.shape)
         own = self.take(key, rows, heads).to(query.dtype)
         # The query heads that share a list of keys are rows of one product.
         return (query.unflatten(1, (own.shape[1], own.shape[2], -1)) @ own.mT).flatten(2, 3)
@@ -58,13 +70,11 @@ class Fetch:
 
         On a CPU what is gathered, and not differentiated, is summed where it lies, without a copy.
         """
-        if self._is_gather and value.device.type == "cpu" and value.dtype == weights.dtype:
-            graph = torch.is_grad_enabled() and (value.requires_grad or weights.requires_grad)
-            if not graph and (found := self._tokens(value, rows, heads)) is not None:
-                tokens, places = found
-                places = places.expand(weights.shape).flatten(0, 2)
-                summed = embedding_bag(places, tokens, mode="sum", per_sample_weights=weights.flatten(0, 2))
-                return summed.view(*weights.shape[:3], value.shape[3])
+        if found := self._read_in_place(value, weights, rows, heads):
+            tokens, places = found
+            places = places.expand(weights.shape).flatten(0, 2)
+            summed = embedding_bag(places, tokens, mode="sum", per_sample_weights=weights.flatten(0, 2))
+            return summed.view(*weights.shape[:3], value.shape[3])
         own = self.take(value, rows, heads).to(weights.dtype)
         return (weights.unflatten(2, (own.shape[2], -1)) @ own).flatten(2, 3)
 
@@ -80,9 +90,23 @@ class Fetch:
         row, head = _numbers(x, rows, heads)
         return x[row[:, None, None, None], head[:, None, None], self.slots]
 
-    @property
-    def _is_gather(self) -> bool:
-        return isinstance(self.slots, Tensor) and self.slots.dim() == 4
+    def _bags(self, places: Tensor) -> Tensor:
+        """Return for each of `places` [R, H, 1, m] the number of its row and head, int64 [R * H * m]."""
+        if _BAGS not in self._places:
+            numbers = torch.arange(places.shape[:2].numel())
+            self._places[_BAGS] = numbers.repeat_interleave(places.shape[3])
+        return self._places[_BAGS]
+
+    def _read_in_place(
+        self, x: Tensor, other: Tensor, rows: slice | Tensor, heads: slice
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return `_tokens` of what is gathered on a CPU, in the type of `other`, and not differentiated; else None."""
+        is_gather = isinstance(self.slots, Tensor) and self.slots.dim() == 4
+        if not is_gather or x.device.type != "cpu" or x.dtype != other.dtype:
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or other.requires_grad):
+            return None
+        return self._tokens(x, rows, heads)
 
     def _tokens(self, x: Tensor, rows: slice | Tensor, heads: slice) -> tuple[Tensor, Tensor] | None:
         """Return x as a list of tokens [n, D], and the places there of those that are read, [R, H_kv, G or 1, m].
