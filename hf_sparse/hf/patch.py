@@ -33,6 +33,7 @@ from .placing import positions_of, put_positions, remove_positions, set_position
 from .routing import (
     POSITION_HOOKS,
     add_position_hook,
+    check_selecting_layers,
     heads_of_calls,
     is_causal,
     refuse_unroutable,
@@ -119,6 +120,7 @@ def patch_model(
             given.learned_sinks or learned_sinks,
         )
         check_fit(settings, config)
+        check_selecting_layers(settings, config)
         check_comes_back(settings)
         check_predicate(chosen, query_heads(config) or 1, causal, layer_count(config) or 1)
     before = _state(base)

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..backends import recording
+from ..selectors import divided
 from .attention import observed_inputs, observed_keywords
 from .call_arguments import POSITIONS
 from .dense import has_cross_attention
 from .hooks import add_hook, argument, mask_owner, remove_hooks
-from .stored_settings import layer_count
+from .stored_settings import SparseSettings, layer_count
 
 # Routed, but not honestly: found by comparing each with its own eager attention.
 _REFUSED_TYPES = {
@@ -71,6 +72,22 @@ def attention_layers(config: Any) -> tuple[int, ...]:
     if not kinds:
         return tuple(range(layer_count(config)))
     return tuple(i for i, kind in enumerate(kinds) if kind in _ATTENTION_KINDS)
+
+
+def check_selecting_layers(settings: SparseSettings, config: Any) -> None:
+    """Raise ValueError where content would decide in layers alone that have no keys: linear ones, convolutions."""
+    if not settings.pattern.content_based:
+        return
+    with_keys = attention_layers(config)
+    found = {
+        layer: divided(settings.pattern_at(layer), layer).selector for layer in range(layer_count(config))
+    }
+    selecting = [layer for layer, selector in found.items() if selector is not None]
+    if selecting and not set(selecting) & set(with_keys):
+        raise ValueError(
+            f"layer {selecting[0]} has no attention whose keys {found[selecting[0]]} could select; give the pattern to "
+            f"layers {', '.join(map(str, with_keys))}"
+        )
 
 
 def has_encoder(model: PreTrainedModel) -> bool:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from caching import CLOSE, left_padded
+from caching import CLOSE, decoder, left_padded
 from tiny_models import ENCODERS, logits, tiny, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 import hf_sparse
-from hf_sparse import PerHead, Quest, SlidingWindow, TopKBlocks, get_pattern, recording
+from hf_sparse import Full, PerHead, PerLayer, Quest, SlidingWindow, TopKBlocks, get_pattern, recording
 from hf_sparse.evaluate import perplexity
 from hf_sparse.train.config import AdaptationArguments
 from hf_sparse.train.model import load_patched
@@ -44,6 +44,15 @@ def test_encoders_are_refused_and_left_as_they_were(name):
     with pytest.raises(ValueError, match="selects for causal attention"):
         hf_sparse.patch_model(model, SELECTOR)
     assert torch.equal(logits(model, ids), before) and not hasattr(model.config, "sparse_attention")
+
+
+def test_layers_without_keys_are_refused():
+    """LFM2's first layer is a convolution; selecting in all layers is selecting in those that have keys."""
+    with pytest.raises(
+        ValueError, match=r"layer 0 has no attention whose keys topk_blocks.* give .* to layers 1$"
+    ):
+        decoder("lfm2", PerLayer((SELECTOR, Full())))
+    assert "1 of 1 sparse" in hf_sparse.describe(decoder("lfm2", SELECTOR), seq_len=200)
 
 
 def test_single_heads_are_refused():
