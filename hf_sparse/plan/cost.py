@@ -71,7 +71,7 @@ def cost(
     if selector is not None:
         starts = constraint.bounds()[0]
         pairs += selector.most_pairs(0, n, starts)
-        read += selector.most_pairs(n - 1, n, starts) * kv_heads
+        read += selector.most_pairs(n - 1, n, starts) * (kv_heads if selector.by_key_head else heads)
         looked_at = n * selector.numbers_per_token(head_dim) * kv_heads
     return Cost(
         pairs=pairs,

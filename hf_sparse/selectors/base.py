@@ -35,6 +35,7 @@ class Selector(Pattern):
 
     by_content: ClassVar[bool] = True
     keeps_apart: ClassVar[bool] = True  # what is selected is none of what is kept
+    by_key_head: ClassVar[bool] = True  # the query heads of a key head read the same
 
     block: int  # tokens per block of keys
     sinks: int  # blocks at the beginning that are always kept

@@ -37,6 +37,7 @@ class LSH(Selector):
     """The keys that fall into the buckets of the query."""
 
     keeps_apart: ClassVar[bool] = False
+    by_key_head: ClassVar[bool] = False
 
     rounds: int = 4  # of hashing
     block: int = 64  # tokens per chunk of a bucket; a query reads two in each round

@@ -8,7 +8,7 @@ from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from hf_sparse.backends import Call, attend, recording
 from hf_sparse.patterns.sliding_window import SlidingWindow
-from hf_sparse.plan import Constraint, Segments
+from hf_sparse.plan import Constraint, Segments, cost
 from hf_sparse.selectors import divided
 from hf_sparse.selectors.lsh import LSH
 
@@ -247,3 +247,14 @@ def test_mistakes(options, message):
 def test_queries_are_no_keys_where_key_heads_are_fewer():
     with pytest.raises(ValueError, match="4 query heads and 2 key heads; leave it False"):
         attend(*random(4, 2, 20), Call(SHARED))
+
+
+def test_each_query_head_reads_keys_of_its_own():
+    """What one more token reads: kept keys once for each key head, what is in buckets once for each query head."""
+    costs = [
+        cost(LSH(block=8), 4096, heads=8, kv_heads=kv_heads, head_dim=4, dtype_bytes=4) for kv_heads in (8, 2)
+    ]
+    kept, codes, found = 8 + 2 * 8 + 8, 4.0 * 4096 * 2 * 4, 2 * 8 * 4
+    assert [made.kv_bytes_per_step for made in costs] == [
+        32 * (kept * kv_heads + found * 8) + codes * kv_heads for kv_heads in (8, 2)
+    ]
