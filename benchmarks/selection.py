@@ -134,12 +134,17 @@ def decoding(heads: int, kv_heads: int, length: int, given: argparse.Namespace) 
         "dense": partial(scaled_dot_product_attention, last, key, value, enable_gqa=heads != kv_heads)
     }
     segments = {end: Segments.whole(1, end) for end in range(length - STEPS + 1, length + 1)}
+    densities: dict[str, float] = {}
     patterns = {name: pattern_of(name, DECODED[name]) for name in labels}
     for name, pattern in patterns.items():
         selector = divided(pattern, 0).selector
         assert selector is not None
         index = selector.index()
         index.select(query[:, :, :-STEPS], key[:, :, :-STEPS])
+        own = index.taken(None)
+        with recording() as seen:
+            _steps(Call(pattern), own, query, key, value, segments)
+        densities[name] = seen.calls[-1].pairs / seen.calls[-1].dense_pairs
         work[name] = partial(_steps, Call(pattern), index, query, key, value, segments)
         work[f"{name}: selection"] = partial(_steps, None, index, query, key, value, segments)
     times = interleaved(work, given.repeats, query.device, Deadline())
@@ -147,7 +152,7 @@ def decoding(heads: int, kv_heads: int, length: int, given: argparse.Namespace) 
     for name, pattern in patterns.items():
         row = {"measure": "decode", "length": length, "heads": [heads, kv_heads], "pattern": name}
         seconds, selection = (_median(times[key]) / STEPS for key in (name, f"{name}: selection"))
-        row |= {"options": str(pattern), "density": 0.125, "dense": _median(times["dense"])}
+        row |= {"options": str(pattern), "density": densities[name], "dense": _median(times["dense"])}
         rows.append({**row, "seconds": seconds, "selection": selection})
         print(line(rows[-1]), flush=True)
     return rows

@@ -114,7 +114,7 @@ def _usual(base: Any, units: Units, causal: bool, notes: list[str]) -> list[Patt
     usual: list[Pattern | Scaled] = []
     for name in names:
         try:
-            pattern_class(name)().check_fit(units.heads, units.of_layers)
+            _in_every_layer(pattern_class(name)()).check_fit(units.heads, units.of_layers)
         except ValueError as error:
             notes.append(f"left out: {error}")
         else:

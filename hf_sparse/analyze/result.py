@@ -73,7 +73,7 @@ class Analysis:
     @property
     def nearly_by(self) -> list[int]:
         """In how many heads each pattern keeps all but NEAR of what the best one keeps, that one included."""
-        return [int((short < NEAR).sum()) for short in self._short_of_best]
+        return [int((missing < NEAR).sum()) for missing in self._short_of_best]
 
     @cached_property
     def _short_of_best(self) -> np.ndarray:

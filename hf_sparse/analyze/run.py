@@ -52,7 +52,7 @@ def analyze(
     Args:
         model: a causal language model, an encoder with a masked-token head, or a PeftModel of either; patched or not.
         texts: documents, or strings; windows are cut from them, each of one document.
-        patterns: names, of which `hf_sparse.analyze.sizes.SIZES` says what sets their size, are made as large as the
+        patterns: names, of which `SIZES` in this package says what sets their size, are made as large as the
             density asks for, a `Scaled` too, which has further options; a pattern, and what has no such option, is
             analysed as it is. None are all that have a size and that the model can run.
         density: pairs of a query and a key that a pattern reads, as a share of dense attention's, counted for a window

@@ -16,9 +16,9 @@ from ..selectors import AnySelection, BucketSelection, Division, Index, Selectio
 from ..selectors.buckets import BucketTiles
 from .call import Call, CallRecord
 
-ALONE = (
-    -1e5
-)  # added to the score of a token with itself that is to be read only if nothing else is, as in Reformer
+# Added to the score of a token with itself that is to be read only if nothing else is. Reformer has -100,000 in
+# float32, with which the log-sum-exps of such rows are exact to 1/128 only, and -1,000 in half precision.
+ALONE = -1e3
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ def select_all(
     constraint: Constraint,
     indexes: Sequence[Index[Any]] | None = None,
 ) -> list[AnySelection | None]:
-    """Return what each sequence of a batch selects; None for one without queries.
+    """Return what each sequence of a batch selects; None for one without queries, and for all of a batch without rows.
 
     Args:
         query: [B, H, Q, D]; key: [B, H_kv, K, D].
@@ -143,7 +143,7 @@ def select_all(
     found: list[AnySelection | None] = []
     q_len, k_len = query.shape[2], key.shape[2]
     for number, segment in enumerate(segments.entries):
-        if not segment.queries_in(q_len, k_len):
+        if not (len(query) and segment.queries_in(q_len, k_len)):
             found.append(None)
             continue
         index = selector.index() if indexes is None else indexes[number]

@@ -192,6 +192,8 @@ class SparseCache(Cache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the tokens to remove as a negative number, got {tokens_to_remove}")
+        for indexes in self._indexes.values():
+            indexes.check_taken_back(-tokens_to_remove)
         before = [account.held for account in self._accounts]
         try:
             for account in self._accounts:

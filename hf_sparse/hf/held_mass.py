@@ -52,6 +52,7 @@ class _Budget:
     blocks: the number of blocks that `keep`, where it is a number, is rounded from.
     seen: blocks that the queries since the last change saw at most.
     masses: what the layers kept before the last change, of queries with these limits.
+    limit: why the budget that was measured could not come nearer to the target; empty where it could.
     """
 
     layers: tuple[int, ...]
@@ -63,15 +64,18 @@ class _Budget:
     turns: int = 0
     masses: dict[int, LayerMass] = field(default_factory=dict)
     limits: Range | None = None
+    limit: str = ""
 
     def change(self, masses: dict[int, LayerMass], target: float) -> None:
         """Read more or less from now on, for what was measured."""
         self.masses, self.limits = masses, range_of(self.selector, self.seen)
+        self.limit = _limit(self.keep, self.limits, self.mass, target)
         lost, rising = 1 - self.mass, self.mass < target
         self.turns += self.rising is not None and rising != self.rising
         self.rising = rising
         if isinstance(self.keep, float):
-            blocks = changed(self.keep * self.seen, lost, 1 - target, self.limits, self.turns)
+            now = min(self.keep * self.seen, self.limits.top)  # more than a selector takes says nothing
+            blocks = changed(now, lost, 1 - target, self.limits, self.turns)
             self.keep = 1.0 if blocks >= self.limits.top else float(f"{blocks / self.seen:.4g}")
         else:
             self.blocks = changed(self.blocks or self.keep, lost, 1 - target, self.limits, self.turns)
@@ -82,18 +86,6 @@ class _Budget:
     def mass(self) -> float:
         """What the layers kept before the last change, their mean."""
         return sum(mass.mean for mass in self.masses.values()) / len(self.masses)
-
-    def limit(self, target: float) -> str:
-        """Return why the target is out of reach; nothing where it is not."""
-        if self.limits is None:
-            return ""
-        seen = self.limits.seen
-        read = math.ceil(self.keep * seen - 1e-3) if isinstance(self.keep, float) else self.keep
-        if read <= self.limits.floor and self.mass > target:
-            return "the least budget keeps more"
-        if read >= self.limits.top and self.mass < target:
-            return "the whole budget keeps less"
-        return ""
 
 
 class HeldMass:
@@ -122,7 +114,7 @@ class HeldMass:
     def layers(self) -> dict[int, HeldLayer]:
         """The layers whose mass is held, by their index."""
         return {
-            layer: HeldLayer(budget.keep, budget.masses.get(layer), budget.limit(self.target))
+            layer: HeldLayer(budget.keep, budget.masses.get(layer), budget.limit)
             for layer, budget in sorted(self._of.items())
         }
 
@@ -160,7 +152,7 @@ class HeldMass:
             lines.append(line + (f"; out of reach: {own.limit}" if own.limit else ""))
         return lines
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(self.report())
 
     def _log(self, budget: _Budget, before: Keep) -> None:
@@ -201,8 +193,8 @@ def hold_mass(
         The budgets: ``held.layers[3].keep``, ``.mass``; ``held.pattern`` and ``held.settings`` have them, for
         `patch_model` and `save_pattern`. `describe` reports them.
     Raises:
-        ValueError: a target or number of queries out of range, a model that is not patched, has no layer that selects
-            by content, or one without a budget, or whose mass is held already.
+        ValueError: a target, number of queries or seed out of range, a model that is not patched, has no layer that
+            selects by content, or one without a budget, or whose mass is held already.
         OSError: `log` cannot be written.
     """
     base = unwrap(model)
@@ -240,7 +232,7 @@ def _budgets(current: SparseSettings, layers: Iterable[int]) -> list[_Budget]:
     Raises:
         ValueError: there are none, or what selects has none.
     """
-    shared: dict[tuple[int, int], list[tuple[int, BlockSelector]]] = {}
+    shared: dict[tuple[BlockSelector, int], list[int]] = {}
     for layer in layers:
         selector = selector_of(current.pattern_at(layer), layer)
         if selector is None:
@@ -250,18 +242,27 @@ def _budgets(current: SparseSettings, layers: Iterable[int]) -> list[_Budget]:
                 f"layer {layer} runs {selector}, which has no budget (keep) to be raised or lowered; hold the mass of "
                 f"patterns that have, such as topk_blocks"
             )
-        shared.setdefault((selector.reuse, layer // selector.reuse), []).append((layer, selector))
+        shared.setdefault((selector, layer // selector.reuse), []).append(layer)
     if not shared:
         raise ValueError(
             f"no layer under {current.pattern} selects by content, so there are no budgets to hold the mass with; "
             f"patch the model with a pattern that does, such as topk_blocks"
         )
     made = []
-    for members in shared.values():
-        selector = members[0][1]
+    for (selector, _), members in shared.items():
         assert not isinstance(selector.keep, tuple)
-        made.append(_Budget(tuple(layer for layer, _ in members), selector, selector.keep))
+        made.append(_Budget(tuple(members), selector, selector.keep))
     return made
+
+
+def _limit(keep: Keep, limits: Range, mass: float, target: float) -> str:
+    """Return why the target is out of reach for a budget that kept so much; nothing where it is not."""
+    read = math.ceil(keep * limits.seen - 1e-3) if isinstance(keep, float) else keep
+    if read <= limits.floor and mass > target:
+        return "the least budget keeps more"
+    if read >= limits.top and mass < target:
+        return "the whole budget keeps less"
+    return ""
 
 
 def _blocks_seen(selector: BlockSelector, asked: AttentionCall) -> int:

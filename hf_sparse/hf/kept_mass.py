@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..backends.mass import kept_masses, sample_queries
 from ..backends.selected import selected_of
+from ..patterns.checks import LARGEST_SEED, check_count
 from ..selectors import divided
 from .active import settings, unwrap
 from .computed import AttentionCall, compute_of, computed_by
@@ -45,6 +46,7 @@ class KeptMass:
             raise ValueError(
                 f"queries must be a whole number per sequence and call from 1 on, got {queries!r}; 16 is usual"
             )
+        check_count("seed", seed, 0, LARGEST_SEED)
         self._queries, self._generator = queries, np.random.default_rng(seed)
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
@@ -100,7 +102,7 @@ class KeptMass:
             ),
         ]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(self.report())
 
 
@@ -119,7 +121,7 @@ def monitored(model: nn.Module, queries: int = 16, seed: int = 0) -> Iterator[Ke
     Yields:
         What is measured, by layer: ``mass.layers[3].mean``, ``.heads``, ``.queries``. `describe` reports it.
     Raises:
-        ValueError: the model is not patched, or `queries` is less than 1.
+        ValueError: the model is not patched, `queries` is less than 1, or `seed` less than 0.
     """
     kept = KeptMass(queries, seed)
     with watched_by(model, kept.see, "monitored"), reporting(model, kept.report):
@@ -190,7 +192,9 @@ def reporting(model: nn.Module, report: Callable[[], Sequence[str]]) -> Iterator
     try:
         yield
     finally:
-        base.__dict__[_REPORTS] = before
+        base.__dict__.pop(_REPORTS)
+        if before:
+            base.__dict__[_REPORTS] = before
 
 
 def reports(base: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ..backends import Call
@@ -25,7 +26,8 @@ def selections_of(
 ) -> list[AnySelection | None] | None:
     """Return what each sequence of a call selects; None for a pattern that does not look at content.
 
-    Layers that share a selection find that of the lowest of them in the memo of the forward pass.
+    Layers that share a selection, which have the same selector, find that of the lowest of them in the memo of the
+    forward pass.
 
     Args:
         query: [B, H, Q, D]; key: [B, H_kv, K, D], all keys of the sequences.
@@ -37,14 +39,13 @@ def selections_of(
     selector = selector_of(call.pattern, call.layer)
     if selector is None:
         return None
-    known = ("selections", call.layer // selector.reuse)
+    known = ("selections", selector, call.layer // selector.reuse)
     if selector.reuse > 1 and known in mask.memo:
         return cast(list[AnySelection | None], mask.memo[known])
-    if not trial and (mask.indexes is None or module.training):
-        what = (
-            "not for training" if module.training else "not for a text without a cache (hf_sparse.make_cache)"
-        )
-        refuse_looking_ahead(selector, what)
+    trained = module.training or (torch.is_grad_enabled() and query.requires_grad)
+    if not trial and (mask.indexes is None or trained):
+        without = "not for a text without a cache (hf_sparse.make_cache)"
+        refuse_looking_ahead(selector, "not for training (use torch.no_grad)" if trained else without)
     selector = under_budget(module, call.layer, selector, mask.memo)
     indexes = None if mask.indexes is None else mask.indexes(call.layer, selector, segments)
     for index in indexes or ():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -63,7 +66,10 @@ class BlockIndex(ListIndex[BlockSelector]):
         new = key[:, :, before * size - (first - gone) : count * size - (first - gone)]
         new = new.to(query.dtype).unflatten(2, (-1, size))
         last = (before + 1) * size - 1 - (end - query.shape[2])
-        found = self.selector.summarise(new, query[:, :, last::size][:, :, : count - before])
+        selector: Any = self.selector
+        if selector.looks_ahead and end > query.shape[2]:  # the blocks of a prompt alone look at each other
+            selector = replace(selector, selection="causal")
+        found = selector.summarise(new, query[:, :, last::size][:, :, : count - before])
         self._summaries = appended(self._summaries, before, found)
         self._count = count
 

@@ -90,14 +90,16 @@ class BucketSelection:
                 yield BucketTiles(query, key, pairs)
 
     def read_by_last(self) -> Tensor:
-        """Return the positions that the last query reads, int64 [R, H, m], -1 behind the last one."""
+        """Return the positions that the last query reads, int64 [R, H, m], -1 behind the last one; m is 1 at least."""
         heads, kv_heads = self.query.shape[1], self.key.shape[1]
         asked = self.query[..., -1:].unflatten(1, (kv_heads, heads // kv_heads))
         found = self._is_near(asked - self.key[:, :, None]).any(3).flatten(1, 2)  # [R, H, K]
         count = found.sum(2)
         row, head, position = found.nonzero(as_tuple=True)
         before = count.flatten().cumsum(0).view_as(count) - count
-        read = torch.full((*count.shape, int(count.max())), -1, dtype=torch.int64, device=found.device)
+        read = torch.full(
+            (*count.shape, max(1, int(count.max()))), -1, dtype=torch.int64, device=found.device
+        )
         read[row, head, torch.arange(len(position), device=found.device) - before[row, head]] = position
         return read
 

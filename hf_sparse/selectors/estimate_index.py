@@ -9,8 +9,7 @@ from torch.nn.functional import pad
 
 from ..patterns.parts import Bound
 from .choose import QueryBlocks, candidates
-from .index import TAKEN_BACK
-from .list_index import ListIndex, joined_lists, part_of
+from .list_index import TAKEN_BACK, ListIndex, joined_lists, part_of
 from .vertical_slash import VerticalSlash
 
 _PAIRS = 2**24  # pairs of blocks compared at a time

@@ -17,8 +17,6 @@ from ..patterns.parts import Bound
 from .base import Selector
 from .selection import AnySelection
 
-TAKEN_BACK = 64  # tokens that can be taken back, as assisted generation does
-
 S = TypeVar("S", bound=Selector)
 
 
@@ -51,7 +49,7 @@ class Index(ABC, Generic[S]):
         end = first + key.shape[2]
         begin = end - query.shape[2]
         if begin < self.length:
-            self._check_taken_back(begin)
+            self.check_taken_back(begin)
             self._take_back(begin)
             self.length = begin
         if begin != self.length:
@@ -64,9 +62,8 @@ class Index(ABC, Generic[S]):
         self.length = end
         return found
 
-    def go_on_under(self, selector: S) -> None:
-        """Let later queries be selected for under another budget."""
-        self.selector = selector
+    def check_taken_back(self, length: int) -> None:
+        """Raise ValueError if it cannot go on after the first `length` of the tokens seen."""
 
     @property
     @abstractmethod
@@ -106,11 +103,3 @@ class Index(ABC, Generic[S]):
     def _alike(self, name: str, parts: list[Tensor]) -> list[Tensor]:
         """Return an attribute of several indexes in shapes that differ in the rows alone."""
         return parts
-
-    def _check_taken_back(self, length: int) -> None:
-        gone = self.length - length
-        if gone > TAKEN_BACK and length:
-            raise ValueError(
-                f"{gone} tokens are to be taken back and {self.selector} remembers what it selected for the last "
-                f"{TAKEN_BACK}; take back fewer, or read the text again with a new cache"
-            )

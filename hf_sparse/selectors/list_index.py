@@ -15,8 +15,10 @@ from torch.nn.functional import pad
 from ..patterns.parts import Bound
 from .blocks import ListSelector, query_blocks
 from .choose import QueryBlocks
-from .index import TAKEN_BACK, Index
+from .index import Index
 from .selection import Selection
+
+TAKEN_BACK = 64  # tokens that can be taken back, as assisted generation does
 
 S = TypeVar("S", bound=ListSelector)
 
@@ -105,8 +107,11 @@ class ListIndex(Index[S]):
     def _last(self, query: Tensor) -> Tensor | None:
         if self.selector.looks_back == 1:
             return None
-        whole = query if self._recent is None else torch.cat((self._recent, query), 2)
-        return whole[:, :, -(self.selector.looks_back - 1 + TAKEN_BACK) :].clone()
+        most = self.selector.looks_back - 1 + TAKEN_BACK
+        new = query[:, :, -most:]
+        if self._recent is None or new.shape[2] == most:
+            return new.clone()
+        return torch.cat((self._recent[:, :, new.shape[2] - most :], new), 2)
 
     def _open(self, place: int) -> Tensor:
         """Return what one of the blocks that are held reads, [R, G, 1, m]."""
@@ -122,6 +127,14 @@ class ListIndex(Index[S]):
         most = -(-TAKEN_BACK // self.selector.queries) + 1
         self._first_held = first + max(0, lists.shape[2] - most)
         self._lists_held, self._counts_held = lists[:, :, -most:].clone(), counts[-most:]
+
+    def check_taken_back(self, length: int) -> None:
+        gone = self.length - length
+        if gone > TAKEN_BACK and length:
+            raise ValueError(
+                f"{gone} tokens are to be taken back and {self.selector} remembers what it selected for the last "
+                f"{TAKEN_BACK}; take back fewer, or read the text again with a new cache"
+            )
 
     def _take_back(self, length: int) -> None:
         self._going_on = None

@@ -30,6 +30,11 @@ class RowIndexes:
             found.append(index)
         return found
 
+    def check_taken_back(self, tokens: int) -> None:
+        """Raise ValueError if some row cannot forget the last `tokens`."""
+        for index in {id(index): index for index, _ in self._rows}.values():
+            index.check_taken_back(max(0, index.length - tokens))
+
     def reorder(self, rows: Sequence[int]) -> None:
         """Let row i go on with what row ``rows[i]`` left behind."""
         self._rows = [self._rows[row] for row in rows]

@@ -116,6 +116,17 @@ def test_extreme_inputs_stay_finite():
         assert all(x.isfinite().all() for x in (out, *grads))
 
 
+@pytest.mark.parametrize("name", ["topk_blocks", "lsh", "vertical_slash", "threshold", "gsa_on_device"])
+@pytest.mark.parametrize("shape", [(0, 2, 200, 4), (1, 2, 0, 4)], ids=["no-rows", "no-tokens"])
+def test_nothing_gives_nothing(name, shape):
+    given = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    options = {"dense_layers": 0} if name == "gsa_on_device" else {}
+    out = attend(*given, Call(get_pattern(name, **options)))
+    assert out.shape == shape
+    out.sum().backward()
+    assert all(x.grad.shape == shape for x in given)
+
+
 def test_a_backend_that_reads_no_selected_blocks_says_so():
     with pytest.raises(ValueError, match="it reads no selected blocks"):
         attend(*tensors(*SHAPES[0]), Call(get_pattern("topk_blocks", keep=5, block=4)), None, "cuda_flash")

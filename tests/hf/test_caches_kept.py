@@ -9,8 +9,9 @@ from caching import CLOSE, caches, decoder, fed
 from tiny_models import logits, tokens
 
 import hf_sparse
-from hf_sparse import SlidingWindow, StreamingLLM
+from hf_sparse import SlidingWindow, StreamingLLM, TopKBlocks
 from hf_sparse.plan import held
+from hf_sparse.selectors.lsh import LSH
 
 PLACED = StreamingLLM(sinks=2, window=4, positions="cache")
 
@@ -21,16 +22,28 @@ def small_slack(monkeypatch):
     monkeypatch.setattr("hf_sparse.hf.cache.SLACK", 3)
 
 
-def test_prefill_in_inference_mode_and_steps_without():
-    model, ids = decoder("llama", PLACED), tokens(1, 40)
+@pytest.mark.parametrize("pattern", [PLACED, TopKBlocks(keep=3, block=1, local=0), LSH(block=2)], ids=str)
+def test_prefill_in_inference_mode_and_steps_without(pattern):
+    model, ids = decoder("llama", pattern), tokens(1, 40)
     whole = logits(model, ids, use_cache=False)
     cache = hf_sparse.make_cache(model)
     with torch.inference_mode():
-        first = model(ids[:, :20], past_key_values=cache).logits.clone()
+        first = fed(model, ids[:, :20], cache, (19, 1)).clone()  # the 20th makes room for more
     rest = fed(model, ids[:, 20:], cache, (1,) * 20)
     torch.testing.assert_close(torch.cat((first, rest), 1), whole, **CLOSE)
     with torch.inference_mode():
         model(tokens(1, 3), past_key_values=cache)
+
+
+def test_a_selection_that_holds_goes_on_from_inference_mode_to_training():
+    model, ids = decoder("llama", TopKBlocks(keep=3, block=4, local=0)), tokens(1, 24)
+    cache = hf_sparse.make_cache(model)
+    with torch.inference_mode():
+        fed(model, ids[:, :22], cache, (20, 1, 1))
+    out = model(ids[:, 22:23], past_key_values=cache).logits
+    out.square().sum().backward()
+    torch.testing.assert_close(out, logits(model, ids[:, :23], use_cache=False)[:, -1:], **CLOSE)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_gradients_reach_the_tokens_of_a_cached_prefix():

@@ -134,9 +134,16 @@ def test_turns_are_counted_and_the_limits_told():
         (0.96, 0.94, "the whole budget keeps less"),
         (0.94, 0.94, ""),
     ):
-        masses = {0: LayerMass((mass,), 64)}
-        told = held_mass._Budget((0,), own, keep, masses=masses, limits=range_of(own, 20)).limit(0.95)
-        assert told == limit, (keep, mass)
+        budget = held_mass._Budget((0,), own, keep, seen=20)
+        budget.change({0: LayerMass((mass,), 64)}, 0.95)
+        assert budget.limit == limit, (keep, mass)
+
+
+def test_a_share_beyond_what_a_selector_takes_is_lowered():
+    own = GatherScatterAttention(keep=0.9, block=4, local=0, least=2, most=6)
+    budget = held_mass._Budget((0,), own, 0.9, seen=16)
+    budget.change({0: LayerMass((0.96,), 64)}, 0.95)
+    assert 0.3 < budget.keep < 6 / 16 and budget.limit == ""
 
 
 # a trained model
@@ -391,6 +398,7 @@ def test_the_target_of_one_reads_everything():
     with hf_sparse.hold_mass(model, target=1.0, queries=80) as held:
         for _ in range(8):
             logits(model, ids)
+            assert "out of reach" not in str(held)  # also where the whole budget comes next
         torch.testing.assert_close(logits(model, ids), logits(tiny("llama"), ids), **CLOSE)
     assert min(own.keep for own in held.layers.values()) > 17 and "out of reach" not in str(held)
     assert all(math.isclose(own.mass.mean, 1, abs_tol=1e-6) for own in held.layers.values())

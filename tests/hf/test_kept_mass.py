@@ -139,7 +139,7 @@ def test_outputs_are_as_without_and_the_model_is_left_alone():
     logits(model, ids)
     assert outer.layers[1].queries == 16
     for module, names in before.items():
-        assert set(vars(module)) - names <= {"_hf_sparse_reports"}
+        assert set(vars(module)) == names
     inner.reset()
     assert inner.layers == {} and np.isnan(inner.mean)
 
@@ -169,6 +169,9 @@ def test_mistakes_are_refused():
             ValueError, match="queries must be a whole number per sequence and call from 1 on"
         ):
             hf_sparse.monitored(model, queries=queries).__enter__()
+    for seed, said in ((-1, "seed must be >= 0, got -1"), (1.5, "seed must be a whole number, got 1.5")):
+        with pytest.raises(ValueError, match=said):
+            hf_sparse.monitored(model, seed=seed).__enter__()
     with hf_sparse.monitored(model):
         with pytest.raises(ValueError, match=r"another pattern inside hf_sparse\.monitored; leave the block"):
             hf_sparse.patch_model(model, SlidingWindow(5))

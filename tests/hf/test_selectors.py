@@ -1,5 +1,7 @@
 """Models under content-based patterns: what is refused, training, saving, padding, and two models at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from caching import CLOSE, decoder, left_padded
@@ -90,6 +92,23 @@ def test_layers_share_what_the_lowest_selects(monkeypatch):
         assert len(scored) == times
 
 
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda reuse: TopKBlocks(keep=[3, 8], block=4, local=0, reuse=reuse),
+        lambda reuse: PerLayer((replace(SELECTOR, reuse=reuse), Quest(dense_layers=0, reuse=reuse))),
+    ],
+)
+def test_layers_of_other_selectors_share_nothing(of):
+    ids, pairs = tokens(1, 60), []
+    for reuse in (1, 2):
+        model = hf_sparse.patch_model(tiny("llama"), of(reuse))
+        with recording() as seen:
+            logits(model, ids, use_cache=False)
+        pairs.append([call.pairs for call in seen.calls])
+    assert pairs[0] == pairs[1] and pairs[0][0] != pairs[0][1]
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradients_flow_and_checkpointing_gives_the_same(reentrant):
     ids = tokens(2, 40)
@@ -172,10 +191,16 @@ def test_what_looks_ahead_is_for_the_prompt_of_a_generation(name, options):
         out = ahead.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=1)
     assert not torch.equal(first, logits(causal, ids, past_key_values=hf_sparse.make_cache(causal)))
     assert torch.equal(out[:, 40], first[:, -1].argmax(-1))
-    with pytest.raises(ValueError, match=r"decide what earlier ones read.*not for a text without a cache"):
+    with (
+        pytest.raises(ValueError, match=r"earlier ones read.*not for a text without a cache"),
+        torch.no_grad(),
+    ):
         ahead(ids, use_cache=False)
-    with pytest.raises(ValueError, match=r"not for training; use selection='causal'"):
-        ahead.train()(ids, past_key_values=hf_sparse.make_cache(ahead))
+    for model in (ahead, ahead.train()):
+        with pytest.raises(
+            ValueError, match=r"not for training \(use torch.no_grad\); use selection='causal'"
+        ):
+            model(ids, past_key_values=hf_sparse.make_cache(model))
 
 
 def test_what_looks_ahead_measures_no_perplexity_and_trains_nothing(tmp_path):
@@ -195,3 +220,14 @@ def test_what_looks_ahead_measures_no_perplexity_and_trains_nothing(tmp_path):
     )
     with pytest.raises(ValueError, match="not for training"):
         load_patched(arguments, 64)
+
+
+def test_more_tokens_than_can_be_taken_back_are_refused_before_any_is():
+    model, ids = hf_sparse.patch_model(tiny("llama"), SELECTOR), tokens(1, 100)
+    cache = hf_sparse.make_cache(model)
+    logits(model, ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="70 tokens are to be taken back and topk_blocks"):
+        cache.crop(-70)
+    cache.crop(-60)
+    again = logits(model, ids[:, 40:], past_key_values=cache)
+    torch.testing.assert_close(again, logits(model, ids, use_cache=False)[:, 40:], **CLOSE)

@@ -260,6 +260,18 @@ def test_all_keys_and_the_last_queries_of_a_prompt_decide_for_all_of_it(heads, k
     assert any(map(len, found[0]))
 
 
+def test_what_comes_after_a_prompt_selects_alike_in_chunks_and_token_by_token():
+    query, key, _ = tensors(4, 2, 67)
+    selector, found = KVStar(block=4, keep=4, channels=0.5, local=0, query_block=1, selection="prompt"), []
+    for lengths in ((20, 47), (20, *(1,) * 47)):
+        held, end, lists = BlockIndex(selector), 0, []
+        for length in lengths:
+            end += length
+            lists += listed(held.select(query[:, :, end - length : end], key[:, :, :end]).lists[:, :1])[0][0]
+        found.append(lists)
+    assert found[0] == found[1]
+
+
 @each
 def test_in_chunks_and_token_by_token_the_same_is_selected(selector):
     query, key, _ = tensors(4, 2, 67, rows=2)

@@ -186,6 +186,17 @@ def test_in_chunks_and_token_by_token_the_same_is_read(selector):
             torch.testing.assert_close(got, whole[:, :, end - length : end], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_token_whose_buckets_are_empty_reads_what_is_kept(kv_heads, dtype):
+    query, key, value = (x[:, :, :1].to(dtype) for x in random(4, kv_heads, 1))
+    selector = LSH(buckets=64, rounds=1)
+    made = selector.index().select(query, -query[:, :: 4 // kv_heads])
+    assert not made.mask(4, torch.tensor([0]), torch.tensor([0])).any()
+    got = attend(query, key, value, Call(selector), Segments.whole(1, 1), "torch", selections=[made])
+    torch.testing.assert_close(got, value.repeat_interleave(4 // kv_heads, 1))
+
+
 def test_tokens_after_a_prompt_that_was_sorted_whole_are_read_by_their_buckets():
     query, key, _ = random(2, 2, 60)
     index = PROMPT.index()
@@ -258,3 +269,11 @@ def test_each_query_head_reads_keys_of_its_own():
     assert [made.kv_bytes_per_step for made in costs] == [
         32 * (kept * kv_heads + found * 8) + codes * kv_heads for kv_heads in (8, 2)
     ]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_token_alone_weighs_its_value_fully_in_float32(backend):
+    query, _, value = (x.float().requires_grad_() for x in random(2, 2, 9))
+    out = attend(query, query, value, Call(SHARED, scale=3.0), None, backend)
+    (grad,) = torch.autograd.grad(out[:, :, 0].sum(), value)
+    torch.testing.assert_close(grad[:, :, 0], torch.ones(1, 2, 6), rtol=0, atol=2e-4)

@@ -26,7 +26,9 @@ def chosen_fetch(
     if first is None or first.is_masked or not isinstance(first.selection, Selection):
         return _fetch(segments, selected, heads, groups, device)
     slots = segments.entries[0].slots
-    known = (slots.start, segments.entries[0].first) if isinstance(slots, slice) else None
+    known = None
+    if isinstance(slots, slice):  # an index made in inference mode cannot be differentiated through
+        known = slots.start, segments.entries[0].first, torch.is_inference_mode_enabled()
     memo = first.selection.memo
     if known is None or memo.get("known") != known:
         memo.update(known=known, fetch=_fetch(segments, selected, heads, groups, device))
