@@ -14,7 +14,7 @@ from ..plan import Segments
 from ..selectors import AnySelection
 
 _FULL = get_pattern("full")
-_COMPUTE = "_hf_sparse_compute"  # what a module's attention is computed by, and whether it is dense
+_COMPUTE = "_hf_sparse_compute"  # what a module's attention is computed by, and whether it is dense: the last of these
 _KEPT = "_hf_sparse_kept"  # the list that a module's outputs are added to
 
 
@@ -62,26 +62,26 @@ Compute = Callable[[AttentionCall], Tensor]
 def computed_by(model: nn.Module, compute: Compute, *, is_dense: bool = False) -> Iterator[None]:
     """Let `compute` give every sparse attention of `model` inside the block, as `AttentionCall.attend` does otherwise.
 
-    Blocks may be nested: the innermost computes.
+    Blocks may be nested: the one that was entered last computes, in whatever order they are left.
 
     is_dense: what it gives is dense attention, in which global queries have no projections of their own, and heads no
         sinks but those that the model came with.
     """
-    before = {module: module.__dict__.get(_COMPUTE) for module in model.modules()}
-    for module in before:
-        module.__dict__[_COMPUTE] = (compute, is_dense)
+    own, modules = (compute, is_dense), list(model.modules())
+    for module in modules:
+        module.__dict__[_COMPUTE] = (*module.__dict__.get(_COMPUTE, ()), own)
     try:
         yield
     finally:
-        for module, previous in before.items():
-            module.__dict__.pop(_COMPUTE)
-            if previous is not None:
-                module.__dict__[_COMPUTE] = previous
+        for module in modules:
+            others = tuple(one for one in module.__dict__.pop(_COMPUTE) if one is not own)
+            if others:
+                module.__dict__[_COMPUTE] = others
 
 
 def compute_of(module: nn.Module) -> tuple[Compute | None, bool]:
     """Return what computes the attention of a module, None where nothing special does, and whether it is dense."""
-    return module.__dict__.get(_COMPUTE, (None, False))
+    return module.__dict__.get(_COMPUTE, ((None, False),))[-1]
 
 
 def dense_instead(asked: AttentionCall) -> Tensor:

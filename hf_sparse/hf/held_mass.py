@@ -189,6 +189,7 @@ def hold_mass(
         seed: of their draws.
         log: file to which a line of JSON is added for every change, with the step (forward passes so far), the layer,
             its mass, the queries measured, and its budget before and after; the logger of this module has the same.
+            Each of several processes finds budgets of its own: give each a file of its own.
     Yields:
         The budgets: ``held.layers[3].keep``, ``.mass``; ``held.pattern`` and ``held.settings`` have them, for
         `patch_model` and `save_pattern`. `describe` reports them.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -157,19 +156,23 @@ def watched_by(model: nn.Module, see: Callable[[AttentionCall], None], name: str
     base = unwrap(model)
     current = running(base, name)
     before = {module: compute_of(module)[0] for module in base.modules()}
+    left = False  # while a block that began later goes on
 
     def compute(asked: AttentionCall) -> Tensor:
-        if settings(base) != current:
+        if settings(base) != current and not left:
             raise ValueError(
                 f"the model was given another pattern inside hf_sparse.{name}; leave the block before and begin anew"
             )
-        if torch._C._current_graph_task_id() == -1:  # the id of a backward pass
+        if torch._C._current_graph_task_id() == -1 and not left:  # the id of a backward pass
             see(asked)
         own = before.get(asked.module)
         return asked.attend() if own is None else own(asked)
 
     with computed_by(base, compute):
-        yield
+        try:
+            yield
+        finally:
+            left = True
 
 
 def kept_of_call(asked: AttentionCall, queries: int, generator: np.random.Generator) -> list[Tensor]:
@@ -187,14 +190,12 @@ def kept_of_call(asked: AttentionCall, queries: int, generator: np.random.Genera
 def reporting(model: nn.Module, report: Callable[[], Sequence[str]]) -> Iterator[None]:
     """Let `describe` say what `report` gives inside the block."""
     base = unwrap(model)
-    before: tuple[Any, ...] = base.__dict__.get(_REPORTS, ())
-    base.__dict__[_REPORTS] = (*before, report)
+    base.__dict__[_REPORTS] = (*base.__dict__.get(_REPORTS, ()), report)
     try:
         yield
     finally:
-        base.__dict__.pop(_REPORTS)
-        if before:
-            base.__dict__[_REPORTS] = before
+        if others := tuple(one for one in base.__dict__.pop(_REPORTS) if one is not report):
+            base.__dict__[_REPORTS] = others
 
 
 def reports(base: nn.Module) -> list[str]:

@@ -176,3 +176,18 @@ def test_mistakes_are_refused():
         with pytest.raises(ValueError, match=r"another pattern inside hf_sparse\.monitored; leave the block"):
             hf_sparse.patch_model(model, SlidingWindow(5))
         logits(model, tokens(1, 9))  # goes on under its own
+
+
+def test_blocks_may_be_left_in_any_order():
+    model, ids = hf_sparse.patch_model(tiny("llama"), SELECTOR), tokens(1, 9)
+    first, second = hf_sparse.monitored(model), hf_sparse.monitored(model)
+    one = first.__enter__()
+    two = second.__enter__()
+    logits(model, ids)
+    first.__exit__(None, None, None)
+    before = two.layers[1].queries
+    logits(model, ids)
+    assert two.layers[1].queries == 2 * before
+    second.__exit__(None, None, None)
+    logits(model, ids)
+    assert two.layers[1].queries == 2 * before and one.layers[1].queries == before
