@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ROWS = 16  # queries of a tile: in short texts few fall into one chunk, and more are not much faster
 _PAIRS = 1_000_000  # pairs of a tile of queries and keys at a time
 
 
@@ -81,7 +82,7 @@ class BucketSelection:
                 at = start[:, None] + inner
                 found.append(torch.where(at < stop[:, None], keys[at.clamp(max=len(keys) - 1)], -1))
             listed = torch.cat(found, 1)
-            step = max(1, _PAIRS // (self.chunk * listed.shape[1]))
+            step = max(1, _PAIRS // (_ROWS * listed.shape[1]))
             for query, key in zip(queries.split(step), listed.split(step), strict=True):
                 pairs = (query >= 0)[:, :, None] & (key >= 0)[:, None]
                 for earlier in range(0 if self.is_counted else place):  # what was found counts no second time
@@ -112,10 +113,10 @@ class BucketSelection:
         """Return queries by their chunks, [T] and int64 [T, C], those of a chunk in as many rows as they need."""
         ordered = asked.sort(stable=True)
         number, sizes = ordered.values.unique_consecutive(return_counts=True)
-        tiles = (sizes + self.chunk - 1) // self.chunk
+        tiles = (sizes + _ROWS - 1) // _ROWS
         group = torch.arange(len(number), device=asked.device).repeat_interleave(tiles)
         starts, firsts = sizes.cumsum(0) - sizes, tiles.cumsum(0) - tiles
-        at = starts[group] + (torch.arange(len(group), device=asked.device) - firsts[group]) * self.chunk
-        place = at[:, None] + torch.arange(self.chunk, device=asked.device)
+        at = starts[group] + (torch.arange(len(group), device=asked.device) - firsts[group]) * _ROWS
+        place = at[:, None] + torch.arange(_ROWS, device=asked.device)
         is_own = place < (starts + sizes)[group][:, None]
         return number[group], torch.where(is_own, ordered.indices[place.clamp(max=len(asked) - 1)], -1)
