@@ -166,7 +166,7 @@ def _steps(
     value: Tensor,
     segments: dict[int, Segments],
 ) -> None:
-    """Take the last steps of a text; without a call only what is read is found."""
+    """Take the last steps of a text, on a copy of the index; without a call only what is read is found."""
     index = index.taken(None)
     length = key.shape[2]
     for end in range(length - STEPS + 1, length + 1):

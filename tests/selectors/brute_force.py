@@ -80,3 +80,21 @@ def check_causal(selector, query: Tensor, key: Tensor, value: Tensor, tokens) ->
         after = attend(*changed, Call(selector), None, "torch")
         assert torch.equal(after[:, :, :t], out[:, :, :t])
         assert not torch.equal(after[:, :, t], out[:, :, t])
+
+
+def check_taken_back(selector, text, other, read) -> None:
+    """Go on with another text for 34 tokens and take them back: every token then reads what it reads in one pass.
+
+    text, other: query and key [R, H or H_kv, 120, D]; read: gives the pairs of a selection for queries and keys.
+    """
+    (query, key), (wrong_query, wrong_key) = text, other
+    index = selector.index()
+    index.select(query[:, :, :66], key[:, :, :66])
+    wrong = torch.cat((key[:, :, :66], wrong_key[:, :, 66:]), 2)
+    for end in range(67, 101):
+        index.select(wrong_query[:, :, end - 1 : end], wrong[:, :, :end])
+    for end in range(67, 121):  # goes on at 66
+        part = index.select(query[:, :, end - 1 : end], key[:, :, :end])
+        whole = selector.index().select(query[:, :, :end], key[:, :, :end])
+        asked = torch.tensor([end - 1]), torch.arange(end)
+        assert torch.equal(read(part, *asked), read(whole, *asked)), end

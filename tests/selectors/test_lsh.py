@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from brute_force import check_causal
+from brute_force import check_causal, check_taken_back
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
@@ -210,18 +210,8 @@ def test_tokens_after_a_prompt_that_was_sorted_whole_are_read_by_their_buckets()
 
 @each
 def test_tokens_taken_back_leave_no_trace(selector):
-    query, key, _ = random(*heads_of(selector), 120)
-    other, wrong, _ = random(*heads_of(selector), 120, seed=1)
-    index = selector.index()
-    index.select(query[:, :, :66], key[:, :, :66])
-    wrong = torch.cat((key[:, :, :66], wrong[:, :, 66:]), 2)
-    for end in range(67, 101):
-        index.select(other[:, :, end - 1 : end], wrong[:, :, :end])
-    for end in range(67, 121):  # goes on at 66
-        part = index.select(query[:, :, end - 1 : end], key[:, :, :end])
-        whole = selector.index().select(query[:, :, :end], key[:, :, :end])
-        asked = torch.tensor([end - 1]), torch.arange(end)
-        assert torch.equal(*(x.counts(4, *asked) for x in (part, whole))), end
+    texts = (random(*heads_of(selector), 120, seed=seed)[:2] for seed in (0, 1))
+    check_taken_back(selector, *texts, lambda selection, *asked: selection.counts(4, *asked))
 
 
 @each

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from brute_force import check_causal
+from brute_force import check_causal, check_taken_back
 
 from hf_sparse.backends import Call, attend, recording
 from hf_sparse.patterns.full import Full
@@ -124,18 +124,8 @@ def test_in_chunks_and_token_by_token_the_same_is_selected(selector):
 
 @each
 def test_tokens_taken_back_leave_no_trace(selector):
-    query, key, _ = random(4, 2, 120)
-    other, wrong, _ = random(4, 2, 120, seed=1)
-    index = selector.index()
-    index.select(query[:, :, :66], key[:, :, :66])
-    wrong = torch.cat((key[:, :, :66], wrong[:, :, 66:]), 2)
-    for end in range(67, 101):
-        index.select(other[:, :, end - 1 : end], wrong[:, :, :end])
-    for end in range(67, 121):  # goes on at 66
-        part = index.select(query[:, :, end - 1 : end], key[:, :, :end])
-        whole = selector.index().select(query[:, :, :end], key[:, :, :end])
-        asked = torch.tensor([end - 1])
-        assert torch.equal(*(x.mask(4, asked, torch.arange(end)) for x in (part, whole))), end
+    texts = (random(4, 2, 120, seed=seed)[:2] for seed in (0, 1))
+    check_taken_back(selector, *texts, lambda selection, *asked: selection.mask(4, *asked))
 
 
 @each

@@ -22,8 +22,8 @@ _BAGS = (-1,)
 class Fetch:
     """Keys of a block of heads: query heads, and key heads of which each serves G of them.
 
-    slots: a slice, or int64 [m]: the same for all rows and heads; or int64 [R or 1, H_kv or 1, G or 1, m], -1 (the last
-        slot, the query's own) where a row reads fewer.
+    slots: a slice, or int64 [m]: the same for all rows and heads; or int64 [R or 1, H_kv or 1, G or 1, m], -1 where a
+        row reads fewer: there a slot that is masked, the last one when this was made.
     allowed: bool [R or 1, H_kv or 1, G or 1, m], True = read; None where all are.
     """
 
