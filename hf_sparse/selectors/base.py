@@ -7,7 +7,7 @@ single tokens of a generation select the same.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SELECTIONS = ("causal", "prompt")
 
 
-class Selector(Pattern):
+class Selector(Pattern, ABC):
     """A pattern that selects keys by their content, besides those it always keeps.
 
     A subclass has the options below, and an index that selects. `allows` answers what may be read at all, which is
